@@ -10,7 +10,8 @@ from functools import cache
 
 import dj_database_url
 
-DATABASE_NAME = "asyncsession_tests"
+# Two runs at a time on one server need two names.
+DATABASE_NAME = os.environ.get("TEST_DATABASE_NAME", "asyncsession_tests")
 
 
 @cache
