@@ -1,0 +1,41 @@
+# make demo    the test project on a real PostgreSQL, in a browser
+# make test    all tests; ARGS are pytest's: make test ARGS="-k session -x"
+#
+# PYTHON chooses the interpreter, DATABASE_URL the demo's database, PORT the demo's port.
+
+PYTHON ?= python3
+export PORT ?= 8000
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+COMMA := ,
+MYSQL := $(if $(filter mysql% mariadb%,$(DATABASE_URL)),$(COMMA)mysql)
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+MADE := $(VENV)/made-with-$(VERSION)
+FOR_DEMO := $(VENV)/has-demo,postgresql$(MYSQL)
+FOR_TEST := $(VENV)/has-test
+
+.PHONY: demo test clean
+
+demo: $(FOR_DEMO)
+	@$(BIN)/python -m testproject.demo
+
+test: $(FOR_TEST)
+	$(BIN)/python -m pytest $(ARGS)
+
+clean:
+	rm -rf $(VENV) .tox .demo
+
+# Installs again only when setup.py, or the interpreter, has changed.
+$(VENV)/has-%: setup.py $(MADE)
+	@echo "installing .[$*] into $(VENV) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	@touch '$@'
+
+$(MADE):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	  || { echo "Python 3.11 or newer is needed, '$(PYTHON)' is $(or $(VERSION),not found); choose one with: make PYTHON=python3.13 ..." >&2; exit 1; }
+	@$(PYTHON) -m venv --clear $(VENV) \
+	  || { echo "'$(PYTHON) -m venv' does not work; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	@touch $@

@@ -1,0 +1,1 @@
+"""Books, stock, customers and orders."""
