@@ -36,6 +36,7 @@ INSTALLED_APPS = [
     "django.contrib.messages",
     "django.contrib.sessions",
     "django_asyncsession",
+    "testproject.shop",
     "tests",
 ]
 MIDDLEWARE = [
