@@ -14,7 +14,7 @@ DEFAULTS: Final[Mapping[str, Any]] = {
     "ATOMIC_REQUESTS": True,
     # True: Django's own aget(), asave(), async for ... run in the request's session.
     "NATIVE_ORM": False,
-    # Pool options by alias, with psycopg_pool's names: {"default": {"min_size": 2, "max_size": 20}}.
+    # Pool options by alias, with psycopg_pool's names: {"default": {"max_size": 20}}.
     "POOLS": {},
     # Seconds after which a statement is logged as slow; None logs none.
     "SLOW_QUERY_SECONDS": None,

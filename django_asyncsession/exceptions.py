@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from django.core.exceptions import ImproperlyConfigured, ObjectDoesNotExist
 from django.db import DatabaseError, InterfaceError, OperationalError
+from django.utils.connection import ConnectionDoesNotExist
 
 
 class AsyncSessionError(Exception):
@@ -11,11 +12,16 @@ class AsyncSessionError(Exception):
 
 
 class BridgeError(AsyncSessionError, RuntimeError):
-    """`bridge.await_` was called where nothing can await: outside `bridge.run`, or in one being closed."""
+    """`bridge.await_` was called where nothing can await: outside `bridge.run`, or in one being
+    closed."""
 
 
 class ConfigurationError(AsyncSessionError, ImproperlyConfigured):
     """A setting or an option cannot work; the message names it and says what would."""
+
+
+class UnknownAlias(AsyncSessionError, ConnectionDoesNotExist):
+    """DATABASES has no such alias."""
 
 
 class SyncContextError(AsyncSessionError, ImproperlyConfigured):

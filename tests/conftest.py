@@ -1,4 +1,5 @@
-"""Fixtures that every test module shares: the databases, made once, and their tables, empty for each test."""
+"""Fixtures that every test module shares: the databases, made once, and their tables, empty for
+each test."""
 
 from __future__ import annotations
 
@@ -15,7 +16,9 @@ ALIASES = {"default": "postgresql", "sqlite": "sqlite", "mysql": "mysql"}
 
 
 @pytest.fixture(scope="session", autouse=True)
-def test_databases(django_db_setup: None, django_db_blocker: pytest.FixtureRequest) -> Iterator[None]:
+def test_databases(
+    django_db_setup: None, django_db_blocker: pytest.FixtureRequest
+) -> Iterator[None]:
     """Sessions commit for real on connections of their own, so access is open to every test."""
     with django_db_blocker.unblock():  # type: ignore[attr-defined]
         yield

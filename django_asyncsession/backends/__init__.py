@@ -1,0 +1,1 @@
+"""Bridged database wrappers, made from the wrapper class of an alias's own ENGINE."""

@@ -1,0 +1,492 @@
+"""The mixin that makes any Django DatabaseWrapper a bridged one, and what is current while one is
+served."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import enum
+import logging
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from django.core.exceptions import ImproperlyConfigured
+from django.db import connections
+from django.db.backends.utils import CursorWrapper
+from django.db.utils import OperationalError, load_backend
+from greenlet import getcurrent
+
+from django_asyncsession.bridge import await_, in_bridge
+from django_asyncsession.exceptions import AliasNotInSession, ConfigurationError, SessionClosedError
+
+if TYPE_CHECKING:
+    from django.db.backends.base.base import BaseDatabaseWrapper
+
+    class _Wrapper(BaseDatabaseWrapper):
+        """Django's private names that are used here, which its type stubs leave out."""
+
+        Database: Any
+
+        def _savepoint(self, sid: str) -> None: ...
+        def _savepoint_commit(self, sid: str) -> None: ...
+        def _commit(self) -> None: ...
+        def _configure_connection(self, connection: Any) -> bool: ...
+
+else:
+    _Wrapper = object
+
+logger = logging.getLogger("django_asyncsession")
+
+# Which module holds the mixin for a wrapper class that derives from one of Django's; the driver is
+# imported there.
+MIXINS = {
+    "django.db.backends.postgresql.base": "django_asyncsession.backends.postgresql.base",
+    "django.db.backends.mysql.base": "django_asyncsession.backends.mysql.base",
+    "django.db.backends.sqlite3.base": "django_asyncsession.backends.sqlite3.base",
+}
+ANY_DRIVER = "django_asyncsession.backends.threaded"
+
+
+class TransactionState(enum.Enum):
+    """What the driver knows of the transaction on the server."""
+
+    IDLE = "idle"
+    ACTIVE = "in transaction"
+    FAILED = "in a failed transaction"
+    UNKNOWN = "unknown"
+
+
+@dataclasses.dataclass(frozen=True)
+class TransactionOptions:
+    """What holds for one transaction, and is gone with it. Times are in seconds; None leaves the
+    default."""
+
+    isolation: str | None = None
+    read_only: bool | None = None
+    deferrable: bool | None = None
+    timeout: float | None = None
+    lock_timeout: float | None = None
+    idle_timeout: float | None = None
+
+    LEVELS: ClassVar = ("read uncommitted", "read committed", "repeatable read", "serializable")
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            ConfigurationError: an unknown isolation level, or a time that is not a positive number.
+        """
+        if self.isolation is not None:
+            level = self.isolation.replace("_", " ").lower()
+            if level not in self.LEVELS:
+                raise ConfigurationError(
+                    f"unknown isolation level {self.isolation!r}; use one of {list(self.LEVELS)}"
+                )
+            object.__setattr__(self, "isolation", level)
+        for name in ("timeout", "lock_timeout", "idle_timeout"):
+            seconds = getattr(self, name)
+            if seconds is not None and not seconds > 0:
+                raise ConfigurationError(f"{name} is {seconds!r}; give seconds above 0, or None")
+
+    @property
+    def given(self) -> bool:
+        """Whether any option differs from the database's default."""
+        return self != TransactionOptions()
+
+
+class Secret(str):
+    """A password that prints as stars, in error pages too, where the locals of each frame are
+    shown."""
+
+    def __repr__(self) -> str:
+        return "'********'"
+
+
+class WatchedCursorMixin(CursorWrapper if TYPE_CHECKING else object):  # type: ignore[misc]
+    """A Django cursor that dies with the lease it was made under, and tells the wrapper what it
+    executes."""
+
+    db: BridgedMixin
+    lease: object
+
+    def __getattr__(self, name: str) -> Any:
+        self._check_lease()
+        return super().__getattr__(name)
+
+    def __iter__(self) -> Iterator[Any]:
+        self._check_lease()
+        return iter(super().__iter__())
+
+    def execute(self, sql: Any, params: Any = None) -> Any:
+        self._check_lease()
+        self.db.before_statement(sql)
+        return super().execute(sql, params)
+
+    def executemany(self, sql: Any, param_list: Any) -> Any:
+        self._check_lease()
+        self.db.before_statement(sql)
+        return super().executemany(sql, param_list)
+
+    def _check_lease(self) -> None:
+        if self.__dict__.get("lease") is not self.db.lease:
+            raise SessionClosedError(
+                f"a cursor of {self.db.alias!r} is used after its session gave the connection "
+                "back; "
+                "fetch the rows before the session ends"
+            )
+
+
+@cache
+def _watched(cursor_class: Any) -> type:
+    return type(f"Watched{cursor_class.__name__}", (WatchedCursorMixin, cursor_class), {})
+
+
+class BridgedMixin(_Wrapper):
+    """Mixed in before a Django DatabaseWrapper. In the bridge its driver awaits; outside it
+    blocks, as in Django.
+
+    A wrapper that a pool made (`pooled`) never connects by itself and works only while it is
+    served, that is for
+    the session that leased it; used anywhere else it raises instead of blocking the event loop.
+    """
+
+    # The driver itself awaits. False: each call runs in the connection's own thread.
+    native_async: ClassVar[bool] = True
+    # All rows of a plain cursor are in memory when execute() returns, so fetching them needs no
+    # I/O.
+    buffered_cursors: ClassVar[bool] = True
+    # The server takes back a failed statement alone; otherwise the whole transaction fails with it.
+    statement_rollback: ClassVar[bool] = False
+    # A script of several statements may be sent in one go.
+    multiple_statements: ClassVar[bool] = False
+    # Isolation levels that the database has.
+    isolation_levels: ClassVar[tuple[str, ...]] = TransactionOptions.LEVELS
+    # DEFERRABLE transactions exist.
+    has_deferrable: ClassVar[bool] = False
+
+    pooled = False
+    lease: object = None
+    serving: object = None
+    abandoned = False
+    # The task was cancelled, or the call closed, in the middle of a round trip.
+    cut = False
+    # COMMIT was answered by the server.
+    commit_confirmed = False
+    # What carried over from the last lease must be reset before the next.
+    touched = False
+    _opening = False
+    _savepoint_name: str | None = None
+
+    # Connecting, and what may use the connection
+
+    def open(self) -> None:
+        """Connect; called in the bridge by the pool, once."""
+        self._opening = True
+        try:
+            with served(self):
+                self.ensure_connection()
+        finally:
+            self._opening = False
+
+    def connect(self) -> None:
+        if self.pooled and not self._opening:
+            raise OperationalError(
+                f"the connection to {self.alias!r} was lost; roll back, and run the whole "
+                "transaction again"
+            )
+        super().connect()
+
+    def get_connection_params(self) -> dict[str, Any]:
+        params: dict[str, Any] = super().get_connection_params()
+        for name in SECRET_OPTIONS & params.keys():
+            params[name] = _secret(params[name])
+        return params
+
+    def check_served(self) -> None:
+        """Refuse to use a pooled connection anywhere but in the call of the session that leased it.
+
+        Raises:
+            SessionClosedError: a stale handle, or a call outside the bridge.
+        """
+        if self.pooled and self.serving is not getcurrent():
+            raise SessionClosedError(
+                f"a connection of {self.alias!r} is used outside the session that leased it; "
+                "use session.run_sync() while the session is open"
+            )
+
+    # Transactions
+
+    def start(self, options: TransactionOptions) -> None:
+        """Prepare the transaction that the next statement begins; called in the bridge, in
+        autocommit."""
+        raise NotImplementedError
+
+    def configure_autocommit(self, options: TransactionOptions) -> None:
+        """Apply `options` to a connection in autocommit mode; called in the bridge."""
+        raise NotImplementedError
+
+    @property
+    def transaction_state(self) -> TransactionState:
+        """What the driver knows of the transaction on the server, without asking it."""
+        raise NotImplementedError
+
+    @property
+    def left_by_sql(self) -> bool:
+        """Whether the user's own COMMIT or ROLLBACK ended the transaction behind Django's back."""
+        return False
+
+    def set_autocommit(self, autocommit: bool, *args: Any, **kwargs: Any) -> None:
+        if autocommit and self.pooled and self.connection is None:
+            # Leaving an atomic block whose connection was lost: there is nothing to switch, and no
+            # reconnect.
+            self.autocommit = True
+            return
+        super().set_autocommit(autocommit, *args, **kwargs)
+
+    def savepoint_named(self, name: str | None) -> None:
+        """Name the next savepoint that Django creates; None lets Django name it."""
+        self._savepoint_name = name
+
+    def savepoint(self) -> str | None:
+        name, self._savepoint_name = self._savepoint_name, None
+        if name is None:
+            return super().savepoint()
+        self._savepoint(name)
+        return name
+
+    def _commit(self) -> None:
+        super()._commit()
+        self.commit_confirmed = True
+
+    def run_and_clear_commit_hooks(self) -> None:
+        pending: list[Any] = self.run_on_commit
+        try:
+            super().run_and_clear_commit_hooks()
+        except BaseException:
+            for _, func, *_ in pending:
+                logger.error(
+                    "on_commit callback %s did not run, because an earlier one failed; the data "
+                    "is saved",
+                    getattr(func, "__qualname__", func),
+                )
+            raise
+
+    # Errors
+
+    def is_timeout(self, error: BaseException, options: TransactionOptions) -> bool:
+        """Whether `error` says that the server ended a statement, or a wait for a lock, by its
+        timeout."""
+        return False
+
+    def is_fatal(self, error: BaseException) -> bool:
+        """Whether `error` leaves the whole transaction dead although the database rolls back
+        statements."""
+        return False
+
+    @staticmethod
+    def is_permanent(error: BaseException) -> bool:
+        """Whether connecting again would fail the same way (password, database name), so nobody
+        should wait."""
+        return False
+
+    # Statements
+
+    def before_statement(self, sql: Any) -> None:
+        """Called with the text of each statement before it is sent."""
+
+    def make_cursor(self, cursor: Any) -> Any:
+        return self._watch(super().make_cursor(cursor))
+
+    def make_debug_cursor(self, cursor: Any) -> Any:
+        return self._watch(super().make_debug_cursor(cursor))
+
+    def _watch(self, cursor: Any) -> Any:
+        if self.pooled:
+            plain: Any = type(cursor)
+            cursor.__class__ = _watched(plain)
+            cursor.lease = self.lease
+        return cursor
+
+    # The end of a lease
+
+    def reset(self) -> None:
+        """Bring back what a lease may have changed on the connection; called in the bridge."""
+
+    def scrub(self) -> None:
+        """Forget what a lease left in this object: hooks, flags, wrappers, the query log."""
+        self.run_on_commit = []
+        self.run_commit_hooks_on_set_autocommit_on = False
+        self.needs_rollback = self.in_atomic_block = False
+        self.rollback_exc = None
+        self.savepoint_ids, self.atomic_blocks, self.savepoint_state = [], [], 0
+        self.execute_wrappers = []
+        self.force_debug_cursor = False
+        self.queries_log.clear()
+        self._savepoint_name = None
+
+    def abandon(self) -> None:
+        """Close the connection now, without awaiting: its state is not certain, or nobody may wait
+        for it.
+
+        `farewell` then does what is left to do on the server. Safe to call twice.
+        """
+        self.abandoned = True
+        # Django's blocks that are still open must neither roll back on this connection nor open
+        # another one.
+        self.closed_in_transaction = self.needs_rollback = True
+        self.run_on_commit = []
+        self.close_driver()
+
+    def cut_off(self) -> None:
+        """Abandon the connection because a round trip was left in the middle; called by the
+        driver's facade."""
+        self.cut = True
+        self.abandon()
+
+    def close_driver(self) -> None:
+        """Close the driver's connection without awaiting or blocking."""
+        raise NotImplementedError
+
+    def farewell(self) -> Awaitable[None] | None:
+        """What remains after `abandon`: end what still runs on the server, and wait until the
+        server has let go."""
+        return None
+
+
+SECRET_OPTIONS = frozenset({"password", "passwd", "sslpassword", "passphrase"})
+
+
+def _secret(value: Any) -> Any:
+    """The password, masked; a callable is called for it at each connect, and awaited if it is a
+    coroutine function."""
+    if callable(value):
+        value = value()
+        if isinstance(value, Awaitable):
+            value = await_(value)
+    return Secret(value) if isinstance(value, str) else value
+
+
+@contextmanager
+def served(wrapper: BridgedMixin) -> Iterator[None]:
+    """Make `wrapper` the connection of its alias, and every other alias one that refuses, for the
+    current context."""
+    outer = wrapper.serving
+    wrapper.serving = getcurrent()
+    changed: list[tuple[str, Any]] = []
+    try:
+        for alias in connections:
+            current = _stored(alias)
+            if alias == wrapper.alias:
+                replacement: Any = wrapper
+            elif isinstance(current, BridgedMixin) and current.serving is not None:
+                continue  # served by a call of the same task that this one is nested in
+            else:
+                replacement = refusing(alias)
+            changed.append((alias, current))
+            connections[alias] = replacement
+        if wrapper.alias not in connections.settings:
+            changed.append((wrapper.alias, _stored(wrapper.alias)))
+            connections[wrapper.alias] = wrapper
+        yield
+    finally:
+        wrapper.serving = outer
+        for alias, previous in changed:
+            if previous is None:
+                del connections[alias]
+            else:
+                connections[alias] = previous
+
+
+def _stored(alias: str) -> Any:
+    """What `django.db.connections` holds for the alias in this context, without making a
+    connection."""
+    return getattr(connections._connections, alias, None)  # type: ignore[attr-defined]
+
+
+class RefusingMixin(_Wrapper):
+    """A wrapper that never connects, for the aliases that a session does not own."""
+
+    def connect(self) -> None:
+        raise AliasNotInSession(
+            f"{self.alias!r} is not the database of this session; "
+            f"open one for it: databases[{self.alias!r}].get_session()"
+        )
+
+    def validate_thread_sharing(self) -> None:
+        """Nothing is shared: there is no connection."""
+
+
+@cache
+def refusing(alias: str) -> Any:
+    """The wrapper that stands for `alias` in the calls of a session that does not own it."""
+    settings_dict = copy.deepcopy(connections.settings[alias])
+    try:
+        base = wrapper_class(settings_dict["ENGINE"])
+    except ImproperlyConfigured:
+        # Its driver is missing. That is no business of a session that does not use it.
+        base = wrapper_class("django.db.backends.dummy")
+    return type("RefusingDatabaseWrapper", (RefusingMixin, base), {})(settings_dict, alias)
+
+
+def wrapper_class(engine: str) -> Any:
+    """The engine's own wrapper class.
+
+    Raises:
+        ImproperlyConfigured: there is no such engine, or its driver is not installed.
+    """
+    return load_backend(engine).DatabaseWrapper
+
+
+@cache
+def bridged_class(engine: str) -> type[BridgedMixin]:
+    """The bridged subclass of an engine's own wrapper class.
+
+    Args:
+        engine: an ENGINE of DATABASES; third-party ones and this package's own included.
+
+    Raises:
+        ConfigurationError: the engine cannot be bridged.
+    """
+    base = wrapper_class(engine)
+    if issubclass(base, BridgedMixin):
+        return base  # type: ignore[no-any-return]
+    modules = [cls.__module__ for cls in base.__mro__]
+    if "django.db.backends.dummy.base" in modules:
+        raise ConfigurationError("no ENGINE is set; set one in DATABASES")
+    module = next((MIXINS[m] for m in modules if m in MIXINS), ANY_DRIVER)
+    mixin = import_module(module).Mixin
+    return type("DatabaseWrapper", (mixin, base), {"__module__": base.__module__})
+
+
+def make_wrapper(alias: str, settings_dict: Mapping[str, Any]) -> BridgedMixin:
+    """A pooled wrapper, not connected yet, for the settings of an alias. The settings are copied.
+
+    Raises:
+        ConfigurationError: the engine cannot be bridged.
+    """
+    own = copy.deepcopy(dict(settings_dict))
+    # The pool is ours; Django's own, in the same place, must not open one beside it.
+    own["OPTIONS"].pop("pool", None)
+    if isinstance(own["PASSWORD"], str):
+        own["PASSWORD"] = Secret(own["PASSWORD"])
+    for name in SECRET_OPTIONS & own["OPTIONS"].keys():
+        if isinstance(own["OPTIONS"][name], str):
+            own["OPTIONS"][name] = Secret(own["OPTIONS"][name])
+    # How long a connection lives, and when it is checked, is the pool's business.
+    own.update(CONN_MAX_AGE=None, CONN_HEALTH_CHECKS=False, AUTOCOMMIT=True)
+    wrapper: Any = bridged_class(own["ENGINE"])(own, alias)
+    wrapper.pooled = True
+    return wrapper  # type: ignore[no-any-return]
+
+
+def call_served(wrapper: BridgedMixin, fn: Callable[[], Any]) -> Any:
+    """Call `fn` with `wrapper` as its alias's connection; to be run in the bridge."""
+    if not in_bridge():
+        raise SessionClosedError(
+            f"the connection of {wrapper.alias!r} is served in the bridge only"
+        )
+    with served(wrapper):
+        return fn()

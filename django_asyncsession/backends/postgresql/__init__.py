@@ -1,0 +1,1 @@
+"""PostgreSQL with psycopg 3, natively async; usable as an ENGINE."""

@@ -1,0 +1,282 @@
+"""PostgreSQL: psycopg's sync connection with waits that await the event loop, in Django's own
+backend."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import weakref
+from collections.abc import Awaitable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import psycopg
+from django.db.backends.postgresql import base
+from psycopg import generators, pq, waiting
+from psycopg._capabilities import capabilities
+from psycopg.abc import PQGen
+
+from django_asyncsession.backends.base import BridgedMixin, TransactionOptions, TransactionState
+from django_asyncsession.bridge import await_, in_bridge
+
+from .sessionstate import changes_session
+
+if TYPE_CHECKING:
+    _Base = base.DatabaseWrapper
+else:
+    _Base = object
+
+RV = TypeVar("RV")
+IDLE, ACTIVE = pq.TransactionStatus.IDLE, pq.TransactionStatus.ACTIVE
+
+# What DISCARD ALL does, in statements that may travel together in one round trip.
+RESET = (
+    "CLOSE ALL; SET SESSION AUTHORIZATION DEFAULT; RESET ROLE; RESET ALL; UNLISTEN *; "
+    "SELECT pg_advisory_unlock_all(); DISCARD SEQUENCES; DISCARD TEMP; DEALLOCATE ALL"
+)
+STATES = {
+    pq.TransactionStatus.IDLE: TransactionState.IDLE,
+    pq.TransactionStatus.ACTIVE: TransactionState.UNKNOWN,
+    pq.TransactionStatus.INTRANS: TransactionState.ACTIVE,
+    pq.TransactionStatus.INERROR: TransactionState.FAILED,
+}
+# Seconds that libpq gets to deliver a cancel request; the pool's own deadline is what counts.
+CANCEL_TIMEOUT = 10.0
+
+
+class Connection(psycopg.Connection[Any]):
+    """psycopg's sync connection; in the bridge its waits await, and a wait that is cut short
+    closes it."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # psycopg's lock is a thread's: held across a switch it would freeze the loop when a second
+        # task wants it.
+        # The session's own queue lets one task in at a time, and Django one thread.
+        self.lock: Any = contextlib.nullcontext()
+        self.wrapper: weakref.ref[Mixin] | None = None
+        self.begin_sql: bytes | None = None
+        # A transaction was seen on the server; it was ended by SQL that is not ours.
+        self.began = self.left_by_sql = False
+        self._remains: tuple[Any, int] | None = None
+
+    @classmethod
+    def connect(cls, conninfo: str = "", **kwargs: Any) -> Connection:
+        if not in_bridge():
+            return super().connect(conninfo, **kwargs)
+        try:
+            return await_(_Connector.connect(conninfo, **kwargs))  # type: ignore[return-value]
+        except psycopg.Error as exc:
+            # psycopg's frames hold the whole connection string, and error pages show the locals of
+            # frames.
+            error = exc.with_traceback(None)
+        raise error
+
+    def wait(self, gen: PQGen[RV], interval: float = 0.1, timeout: float | None = None) -> RV:
+        if self.wrapper is not None and (wrapper := self.wrapper()) is not None:
+            wrapper.check_served()
+        if not in_bridge():
+            return super().wait(gen, interval=interval, timeout=timeout)
+        try:
+            return await_(
+                waiting.wait_async(gen, self.pgconn.socket, interval=interval, timeout=timeout)
+            )
+        except Exception:
+            raise
+        except BaseException:
+            # Cancelled, or closed, in the middle of a round trip: what the server does now is not
+            # certain.
+            if self.wrapper is not None and (wrapper := self.wrapper()) is not None:
+                wrapper.cut_off()
+            self.abandon()
+            raise
+        finally:
+            self._note_status()
+
+    def _note_status(self) -> None:
+        status = self.pgconn.transaction_status
+        if status in (pq.TransactionStatus.INTRANS, pq.TransactionStatus.INERROR):
+            self.began = True
+        elif status == IDLE and self.began:
+            self.began, self.left_by_sql = False, True
+
+    def commit(self) -> None:
+        self.began = False
+        super().commit()
+
+    def rollback(self) -> None:
+        self.began = False
+        super().rollback()
+
+    def _start_query(self) -> PQGen[None]:
+        if self.begin_sql is None or self._autocommit or self._pipeline:
+            yield from super()._start_query()
+        elif self.pgconn.transaction_status == IDLE:
+            self.pgconn.send_query(self.begin_sql)
+            for result in (yield from generators.execute(self.pgconn)):
+                if result.status == pq.ExecStatus.FATAL_ERROR:
+                    raise psycopg.errors.error_from_result(result, encoding=self.pgconn._encoding)
+
+    def abandon(self) -> None:
+        """Close the socket now, keeping what `farewell` needs to end the statement on the
+        server."""
+        if self.closed:
+            return
+        cancel = None
+        if self.pgconn.transaction_status == ACTIVE and capabilities.has_cancel_safe():
+            cancel = self.pgconn.cancel_conn()
+        with contextlib.suppress(OSError, psycopg.Error):
+            self._remains = (cancel, os.dup(self.pgconn.socket))
+        self.close()
+
+    async def farewell(self) -> None:
+        """Cancel what the server still runs for the abandoned connection, and wait until its
+        process is gone."""
+        if self._remains is None:
+            return
+        (cancel, fd), self._remains = self._remains, None
+        with socket.socket(fileno=fd) as sock:
+            sock.setblocking(False)
+            if cancel is not None:
+                with contextlib.suppress(psycopg.Error):
+                    cancel.start()
+                    await waiting.wait_conn_async(
+                        generators.cancel(cancel), interval=0.1, timeout=CANCEL_TIMEOUT
+                    )
+            # The server closes its end after its process has left every list of sessions.
+            with contextlib.suppress(OSError):
+                while await asyncio.get_running_loop().sock_recv(sock, 65536):
+                    pass
+
+    def __del__(self, *args: Any) -> None:
+        remains = getattr(self, "_remains", None)
+        if remains is not None:
+            os.close(remains[1])
+        super().__del__(*args)
+
+
+class _Connector(psycopg.AsyncConnection[Any]):
+    """psycopg's own way of connecting asynchronously, which ends in one of our connections."""
+
+    @classmethod
+    def _connect_gen(cls, conninfo: str = "") -> Any:
+        return Connection._connect_gen(conninfo)
+
+
+class _Driver:
+    """The `psycopg` module as Django's backend sees it, but for `connect`."""
+
+    connect = staticmethod(Connection.connect)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(psycopg, name)
+
+
+class Mixin(BridgedMixin, _Base):
+    """What bridges Django's PostgreSQL wrapper, or one that derives from it."""
+
+    Database: Any = _Driver()
+    has_deferrable = True
+    multiple_statements = True
+    connection: Any
+
+    def get_new_connection(self, conn_params: dict[str, Any]) -> Any:
+        connection = super().get_new_connection(conn_params)
+        if self.pooled:
+            connection.wrapper = weakref.ref(self)
+        return connection
+
+    def start(self, options: TransactionOptions) -> None:
+        self.connection.began = self.connection.left_by_sql = False
+        self.connection.begin_sql = self._begin_sql(options) if options.given else None
+
+    def _begin_sql(self, options: TransactionOptions) -> bytes:
+        """BEGIN and what is local to the transaction, in one round trip."""
+        begin = self.connection._get_tx_start_command().decode()
+        if options.isolation is not None:
+            begin = f"BEGIN ISOLATION LEVEL {options.isolation.upper()}"
+        if options.read_only is not None:
+            begin += " READ ONLY" if options.read_only else " READ WRITE"
+        if options.deferrable is not None:
+            begin += " DEFERRABLE" if options.deferrable else " NOT DEFERRABLE"
+        settings = [f"SET LOCAL {name} = {ms}" for name, ms in _timeouts(options)]
+        return "; ".join([begin, *settings]).encode()
+
+    def configure_autocommit(self, options: TransactionOptions) -> None:
+        settings = [f"SET {name} = {ms}" for name, ms in _timeouts(options)]
+        if options.isolation is not None:
+            settings.append(f"SET default_transaction_isolation = '{options.isolation}'")
+        if options.read_only is not None:
+            settings.append(f"SET default_transaction_read_only = {options.read_only}")
+        if options.deferrable is not None:
+            settings.append(f"SET default_transaction_deferrable = {options.deferrable}")
+        if settings:
+            self.touched = True
+            self.connection.execute("; ".join(settings))
+
+    @property
+    def transaction_state(self) -> TransactionState:
+        if self.connection is None or self.connection.closed:
+            return TransactionState.UNKNOWN
+        return STATES.get(self.connection.pgconn.transaction_status, TransactionState.UNKNOWN)
+
+    @property
+    def left_by_sql(self) -> bool:
+        return bool(self.connection.left_by_sql)
+
+    def is_timeout(self, error: BaseException, options: TransactionOptions) -> bool:
+        cause = error.__cause__
+        if isinstance(cause, psycopg.errors.QueryCanceled):
+            return options.timeout is not None or "statement timeout" in str(cause)
+        return isinstance(cause, psycopg.errors.LockNotAvailable) and (
+            options.lock_timeout is not None or "lock timeout" in str(cause)
+        )
+
+    @staticmethod
+    def is_permanent(error: BaseException) -> bool:
+        text = str(error)
+        # An error of connecting has no SQLSTATE: psycopg makes it from libpq's message alone.
+        return any(
+            part in text
+            for part in ("authentication failed", "does not exist", "no pg_hba.conf", "no password")
+        )
+
+    def before_statement(self, sql: Any) -> None:
+        if not self.touched and changes_session(sql):
+            self.touched = True
+
+    def reset(self) -> None:
+        connection = self.connection
+        connection.begin_sql = None
+        connection._notify_handlers.clear()
+        connection._notice_handlers.clear()
+        if not self.touched:
+            return
+        connection.execute(RESET)
+        if (backlog := connection._notifies_backlog) is not None:
+            backlog.clear()
+        self._configure_connection(connection)
+        self.touched = False
+
+    def close_driver(self) -> None:
+        if self.connection is not None:
+            self.connection.abandon()
+
+    def farewell(self) -> Awaitable[None] | None:
+        return None if self.connection is None else self.connection.farewell()
+
+
+def _timeouts(options: TransactionOptions) -> list[tuple[str, int]]:
+    """The server's settings for the given times, in milliseconds; at least 1, because 0 means no
+    limit there."""
+    given = {
+        "statement_timeout": options.timeout,
+        "lock_timeout": options.lock_timeout,
+        "idle_in_transaction_session_timeout": options.idle_timeout,
+    }
+    return [(name, max(1, round(s * 1000))) for name, s in given.items() if s is not None]
+
+
+class DatabaseWrapper(Mixin, base.DatabaseWrapper):
+    """Django's PostgreSQL wrapper, bridged: blocking in sync code, awaiting in the bridge."""

@@ -1,0 +1,141 @@
+"""Runs sync code in a greenlet, and lets that code await the event loop it was called from.
+
+The idea is the one behind SQLAlchemy's asyncio extension: the sync code runs in a greenlet of the
+calling task;
+when it needs to wait, it switches to the task with an awaitable in hand, and is switched back with
+the outcome.
+No thread, no second loop, no queue.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import threading
+from collections.abc import Awaitable, Callable
+from typing import Any, ParamSpec, TypeVar, cast
+
+from greenlet import getcurrent, greenlet
+
+from .exceptions import BridgeError
+
+logger = logging.getLogger("django_asyncsession.bridge")
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class _Bridge(greenlet):
+    """The greenlet that sync code runs in; `closing` once nothing can be awaited for it any
+    more."""
+
+    closing = False
+
+
+async def run(fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+    """Call the sync `fn(*args, **kwargs)` and return its result; `await_` inside it awaits here.
+
+    The code shares the caller's task and context variables. Cancelling the task raises
+    `CancelledError` in `fn`
+    at the `await_` it is suspended in. Closing or collecting the suspended coroutine unwinds `fn`
+    with
+    `GeneratorExit`, and whatever it would await while it unwinds raises `BridgeError`.
+
+    Raises:
+        Whatever `fn` raises.
+    """
+    bridge = _Bridge(fn)
+    # The same context object, not a copy: what `fn` sets, the caller sees.
+    bridge.gr_context = getcurrent().gr_context
+    thread = threading.get_ident()
+    try:
+        outcome = bridge.switch(*args, **kwargs)
+        while not bridge.dead:
+            try:
+                value = await outcome
+            except GeneratorExit as closed:
+                bridge.closing = True
+                # In another thread (garbage collection runs anywhere) a greenlet cannot be
+                # switched to: greenlet
+                # itself ends it in its own thread, and the lease's finalizer closes the connection.
+                if threading.get_ident() == thread:
+                    _unwind(bridge, closed)
+                raise
+            except BaseException as error:
+                outcome = bridge.throw(error)
+            else:
+                outcome = bridge.switch(value)
+        return cast(T, outcome)
+    finally:
+        # A frame that an exception's traceback keeps must not keep the greenlet, or its stack,
+        # alive.
+        del bridge
+        outcome = value = None
+
+
+def _unwind(bridge: _Bridge, closed: GeneratorExit) -> None:
+    """End `bridge` with GeneratorExit; an error of its own must not replace that, so it is
+    logged."""
+    try:
+        bridge.throw(closed)
+    except GeneratorExit:
+        pass
+    except Exception:
+        logger.warning("error ignored in sync code whose run() was closed", exc_info=True)
+
+
+def await_(awaitable: Awaitable[T]) -> T:
+    """Await `awaitable` in the task that called `run`, and return its result as if it had blocked.
+
+    Raises:
+        BridgeError: called outside `run`, or in a `run` that is being closed. The awaitable is
+            closed unawaited.
+        Whatever the awaitable raises, `CancelledError` included.
+    """
+    # The greenlet is not kept in a local: its own frame would refer to it, a cycle for the garbage
+    # collector.
+    if not in_bridge():
+        _discard(awaitable)
+        raise BridgeError(
+            "await_() called outside bridge.run(); call it from sync code that session.run_sync() "
+            "runs"
+        )
+    if getcurrent().closing:  # type: ignore[attr-defined]
+        _discard(awaitable)
+        raise BridgeError("nothing can be awaited while the suspended run() is being closed")
+    parent = cast(greenlet, getcurrent().parent)
+    return cast(T, parent.switch(awaitable))
+
+
+def in_bridge() -> bool:
+    """True in sync code that `run` called, where `await_` works."""
+    return isinstance(getcurrent(), _Bridge)
+
+
+def get_running_loop() -> asyncio.AbstractEventLoop:
+    """Like asyncio's, but "no running event loop" in the bridge, where sync code may call what
+    Django guards.
+
+    Raises:
+        RuntimeError: in the bridge, or when there is no running event loop.
+    """
+    if in_bridge():
+        raise RuntimeError("no running event loop")
+    return asyncio.get_running_loop()
+
+
+def answer_async_guards() -> None:
+    """Let Django's `@async_unsafe` ask `get_running_loop` above: the one name of Django's that is
+    replaced."""
+    import django.utils.asyncio
+
+    django.utils.asyncio.get_running_loop = get_running_loop  # type: ignore[attr-defined]
+
+
+def _discard(awaitable: Awaitable[Any]) -> None:
+    """Close what will not be awaited, so that Python does not warn of a coroutine never awaited."""
+    if inspect.iscoroutine(awaitable):
+        awaitable.close()
+    elif isinstance(awaitable, asyncio.Future):
+        awaitable.cancel()

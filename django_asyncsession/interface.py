@@ -1,0 +1,373 @@
+"""`databases`: one interface for each alias of DATABASES, which owns its pools and hands out
+sessions."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import os
+import time
+from collections.abc import Awaitable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Self
+from urllib.parse import urlsplit
+
+from django.db import connections
+from django.db.utils import ConnectionHandler
+
+from . import bridge
+from .backends.base import BridgedMixin, bridged_class, call_served, make_wrapper
+from .conf import settings
+from .exceptions import ConfigurationError, UnknownAlias
+from .pool import COUNTERS, Lease, Pool, PoolOptions
+from .session import Session
+from .transaction import Transaction
+
+if TYPE_CHECKING:
+    from .ddl import DDLSession
+
+# Options of psycopg_pool that mean nothing here, where the pool opens itself and needs no worker
+# threads.
+IGNORED_OPTIONS = frozenset({"name", "open", "num_workers", "drain_open"})
+POOL_OPTIONS = {field.name for field in dataclasses.fields(PoolOptions)}
+# What tells one database from another: a pool made before the test runner renamed the database
+# must not serve it.
+IDENTITY = ("ENGINE", "NAME", "HOST", "PORT", "USER")
+
+
+class DatabaseInterface:
+    """One database: its pools, one for each event loop, and the sessions and transactions made
+    from it.
+
+    Made by `databases[alias]`, or by `from_dsn`.
+
+    Args:
+        alias: what messages, and `using`, call it.
+        settings_dict: an entry of DATABASES, complete; None reads it from `django.db.connections`,
+            at each connect.
+    """
+
+    def __init__(self, alias: str, settings_dict: Mapping[str, Any] | None = None) -> None:
+        self.alias = alias
+        self._own_settings = settings_dict
+        self._pools: dict[int, tuple[tuple[Any, ...], Pool[BridgedMixin]]] = {}
+
+    @classmethod
+    def from_dsn(cls, dsn: str, alias: str | None = None) -> Self:
+        """An interface for a database that is not in DATABASES.
+
+        Args:
+            dsn: such as `postgresql://user:password@host/name?pool_max_size=20`; the user name and
+                the password are
+                percent-decoded, parameters that begin with `pool_` are pool options, others go to
+                OPTIONS.
+            alias: what to call it; None makes a name of host and database.
+
+        Raises:
+            ConfigurationError: the text is not a database URL, or dj-database-url is not installed.
+        """
+        parsed = _parse_dsn(dsn)
+        handler = ConnectionHandler({"default": parsed})
+        return cls(
+            alias or f"{parsed['HOST'] or 'local'}/{parsed['NAME']}", handler.settings["default"]
+        )
+
+    def __repr__(self) -> str:
+        state = "connected" if self.connected else "not connected"
+        return f"<DatabaseInterface {self.alias!r} {self.vendor} {state}>"
+
+    # The pool
+
+    async def connect(self) -> Self:
+        """Open the pool of the running loop now, and so learn at once when the database cannot be
+        reached.
+
+        Raises:
+            OperationalError: what the server, or the network, says.
+        """
+        await self.pool().open()
+        return self
+
+    @property
+    def connected(self) -> bool:
+        """Whether the running loop has an open pool with a connection."""
+        pool = self._existing_pool()
+        return pool is not None and not pool.closed and pool.stats()["pool_size"] > 0
+
+    async def close(self, grace: float = 0.0) -> None:
+        """Close the pool of the running loop, and those of loops that are closed; the next use
+        opens a new one.
+
+        Args:
+            grace: seconds that open sessions get to finish.
+        """
+        self._drop_dead_pools()
+        _, pool = self._pools.pop(id(asyncio.get_running_loop()), (None, None))
+        if pool is not None:
+            await pool.close(grace)
+
+    async def __aenter__(self) -> Self:
+        return await self.connect()
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.close()
+
+    async def acquire(self) -> Lease[BridgedMixin]:
+        """Lease a connection from the running loop's pool; what sessions call.
+
+        Raises:
+            As `Pool.acquire`.
+        """
+        return await self.pool().acquire()
+
+    def pool(self) -> Pool[BridgedMixin]:
+        """The pool of the running loop, made on first use.
+
+        Raises:
+            ConfigurationError: pool options that cannot work.
+        """
+        settings_dict = self._settings_dict
+        identity = tuple(settings_dict[name] for name in IDENTITY)
+        loop = asyncio.get_running_loop()
+        known, pool = self._pools.get(id(loop), (None, None))
+        if pool is not None and known == identity and not pool.closed and pool.belongs_to(loop):
+            return pool
+        if pool is not None:
+            pool.terminate()
+        self._drop_dead_pools()
+        pool = self._make_pool()
+        self._pools[id(loop)] = identity, pool
+        return pool
+
+    def _existing_pool(self) -> Pool[BridgedMixin] | None:
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            return None
+        _, pool = self._pools.get(id(loop), (None, None))
+        return pool
+
+    def _make_pool(self) -> Pool[BridgedMixin]:
+        return Pool(
+            self._open_connection,
+            _is_usable,
+            _close,
+            name=self.alias,
+            options=self._pool_options(),
+            is_permanent=self._wrapper_class.is_permanent,
+        )
+
+    def _drop_dead_pools(self) -> None:
+        for key, (_, pool) in list(self._pools.items()):
+            if pool.is_orphaned:
+                pool.terminate()
+                del self._pools[key]
+
+    def _forget_pools(self) -> None:
+        for _, pool in self._pools.values():
+            pool.forget()
+            # Collecting them would say goodbye on the parent's sockets.
+            _of_parent_process.append(pool)
+        self._pools.clear()
+
+    async def _open_connection(self) -> BridgedMixin:
+        wrapper = make_wrapper(self.alias, self._settings_dict)
+        await bridge.run(wrapper.open)
+        return wrapper
+
+    def _pool_options(self) -> PoolOptions:
+        settings_dict = self._settings_dict
+        given: Any = settings.POOLS.get(self.alias)
+        if given is None:
+            given = settings_dict["OPTIONS"].get("pool")
+        options = dict(given) if isinstance(given, Mapping) else {}
+        if unknown := options.keys() - POOL_OPTIONS - IGNORED_OPTIONS:
+            raise ConfigurationError(
+                f"unknown pool options {sorted(unknown)} for {self.alias!r}; there are "
+                f"{sorted(POOL_OPTIONS)}"
+            )
+        known = {name: value for name, value in options.items() if name in POOL_OPTIONS}
+        known["check"] = bool(known.get("check", settings_dict["CONN_HEALTH_CHECKS"]))
+        return PoolOptions(**known)
+
+    def stats(self) -> dict[str, int]:
+        """Numbers of the running loop's pool, under psycopg_pool's names; all zero when there is
+        none."""
+        pool = self._existing_pool()
+        if pool is not None:
+            return pool.stats()
+        options = self._pool_options()
+        sizes = {"pool_min": options.min_size, "pool_max": options.limit}
+        return {
+            **sizes,
+            **dict.fromkeys(("pool_size", "pool_available", "requests_waiting", *COUNTERS), 0),
+        }
+
+    # Sessions
+
+    def get_session(self, **options: Any) -> Session:
+        """A new session; the options are those of `Session`.
+
+        Raises:
+            ConfigurationError: an option that cannot be.
+        """
+        return Session(bind=self, **options)
+
+    def get_transaction(self, **options: Any) -> Transaction:
+        """A new low-level transaction; the options are those of `Transaction`.
+
+        Raises:
+            ConfigurationError: an option that cannot be.
+        """
+        return Transaction(self, **options)
+
+    def get_ddl_session(self) -> DDLSession:
+        """A session that changes the schema."""
+        from .ddl import DDLSession
+
+        return DDLSession(self)
+
+    # The database
+
+    @property
+    def vendor(self) -> str:
+        """Django's name of the database: "postgresql", "mysql", "sqlite"."""
+        return self._wrapper_class.vendor
+
+    @property
+    def features(self) -> Any:
+        """Django's features of the database; those that depend on the server's version are not
+        known here."""
+        return make_wrapper(self.alias, self._settings_dict).features
+
+    async def get_db_server_version(self) -> str:
+        """The server's version, such as "15.8".
+
+        Raises:
+            OperationalError: the database cannot be reached.
+        """
+        async with self.get_session(autocommit=True) as session:
+            version = await session.run_sync(lambda: connections[self.alias].get_database_version())
+        return ".".join(map(str, version))
+
+    async def ping(self) -> float:
+        """Ask the database for an answer; return how long it took, in seconds, waiting for a
+        connection included.
+
+        Raises:
+            OperationalError: the database cannot be reached, or the pool is exhausted.
+        """
+        started = time.monotonic()
+        async with self.get_session(autocommit=True) as session:
+            await session.execute("SELECT 1")
+        return time.monotonic() - started
+
+    @property
+    def _settings_dict(self) -> Mapping[str, Any]:
+        """The alias's settings, with the name that Django's test runner gave the database, if it
+        did."""
+        if self._own_settings is not None:
+            return self._own_settings
+        return connections.settings[self.alias]  # type: ignore[no-any-return]
+
+    @property
+    def _wrapper_class(self) -> type[BridgedMixin]:
+        return bridged_class(self._settings_dict["ENGINE"])
+
+
+class Databases:
+    """The interfaces of all aliases of DATABASES, each made on first use; like
+    `django.db.connections`."""
+
+    def __init__(self) -> None:
+        self._interfaces: dict[str, DatabaseInterface] = {}
+
+    def __getitem__(self, alias: str) -> DatabaseInterface:
+        """The interface of an alias.
+
+        Raises:
+            UnknownAlias: DATABASES has no such alias.
+        """
+        if alias not in connections.settings:
+            raise UnknownAlias(
+                f"no database {alias!r} in DATABASES; there are {sorted(connections.settings)}"
+            )
+        return self._interfaces.setdefault(alias, DatabaseInterface(alias))
+
+    def __contains__(self, alias: object) -> bool:
+        return alias in connections.settings
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(connections.settings)
+
+    def all(self) -> list[DatabaseInterface]:
+        """The interfaces of all aliases."""
+        return [self[alias] for alias in self]
+
+    async def close_all(self, grace: float = 0.0) -> None:
+        """Close the running loop's pools of all aliases, also if one fails to close.
+
+        Args:
+            grace: seconds that open sessions get to finish.
+        """
+        async with contextlib.AsyncExitStack() as stack:
+            for interface in self._interfaces.values():
+                stack.push_async_callback(interface.close, grace)
+
+    def forget_pools(self) -> None:
+        """Let a forked child begin without its parent's connections."""
+        for interface in self._interfaces.values():
+            interface._forget_pools()
+
+
+databases = Databases()
+_of_parent_process: list[Any] = []
+os.register_at_fork(after_in_child=databases.forget_pools)
+
+
+async def _is_usable(wrapper: BridgedMixin) -> bool:
+    return await bridge.run(call_served, wrapper, wrapper.is_usable)
+
+
+def _close(wrapper: BridgedMixin) -> Awaitable[None] | None:
+    wrapper.abandon()
+    return wrapper.farewell()
+
+
+def _parse_dsn(dsn: str) -> dict[str, Any]:
+    try:
+        import dj_database_url
+    except ImportError as exc:
+        raise ConfigurationError(
+            "from_dsn() needs dj-database-url; pip install dj-database-url"
+        ) from exc
+    try:
+        parsed: dict[str, Any] = {**dj_database_url.parse(dsn)}
+    except Exception:
+        scheme = urlsplit(dsn).scheme if "://" in dsn else ""
+        # The error, and its cause, would show the password.
+        raise ConfigurationError(
+            f"not a database URL (scheme {scheme!r}); write "
+            "postgresql://user:password@host:port/name"
+        ) from None
+    options = parsed.setdefault("OPTIONS", {})
+    pool = {
+        name.removeprefix("pool_"): options.pop(name)
+        for name in list(options)
+        if name.startswith("pool_")
+    }
+    if pool:
+        options["pool"] = {name: _number(name, value) for name, value in pool.items()}
+    return parsed
+
+
+def _number(name: str, value: Any) -> float | bool:
+    text = str(value).lower()
+    if text in ("true", "false"):
+        return text == "true"
+    try:
+        return float(text) if "." in text else int(text)
+    except ValueError:
+        raise ConfigurationError(
+            f"pool_{name}={value!r} in the database URL is not a number"
+        ) from None

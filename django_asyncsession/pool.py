@@ -1,0 +1,621 @@
+"""A bounded pool of connections for one event loop; it knows no vendor and no settings.
+
+Its rules: first come first served, `max_size` is hard, and a connection is either idle in the
+pool, leased to one
+holder, being opened, or being closed. A caller never opens a connection itself: the pool's own
+task does, so that
+cancelling a caller wastes nothing and a server that is down meets one attempt at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import copy
+import dataclasses
+import logging
+import random
+import sys
+import threading
+import time
+import warnings
+import weakref
+from collections import Counter, deque
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from .exceptions import ConfigurationError, PoolClosed, PoolTimeout, TooManyWaiting, WrongLoopError
+
+logger = logging.getLogger("django_asyncsession.pool")
+
+C = TypeVar("C")
+
+# Seconds that ending a connection (its statement cancelled, its server process gone) may hold up
+# its place.
+CLOSE_BUDGET = 2.0
+# Seconds between attempts to connect after a failure: doubled each time, between these bounds.
+BACKOFF_MIN, BACKOFF_MAX = 0.1, 2.0
+# A connection lives between 90 and 100 % of max_lifetime, so that those opened together do not
+# expire together.
+LIFETIME_SPREAD = 0.1
+_PACKAGE = str(Path(__file__).parent)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PoolOptions:
+    """Options with psycopg_pool's names and meaning. Times are in seconds."""
+
+    # Connections kept open although idle.
+    min_size: int = 0
+    # Connections at the most; None: as many as min_size, or 10 when that is not given either.
+    max_size: int | None = None
+    # How long a caller waits for a connection.
+    timeout: float = 30.0
+    # Callers that may wait at the same time; 0: no limit.
+    max_waiting: int = 5000
+    # A connection older than this is closed when it comes back.
+    max_lifetime: float = 3600.0
+    # A connection above min_size that was idle for this long is closed.
+    max_idle: float = 600.0
+    # How long the server may be unreachable before waiting callers are given the reason.
+    reconnect_timeout: float = 300.0
+    # Ask the connection whether it works before it is handed out.
+    check: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the numbers.
+
+        Raises:
+            ConfigurationError: a size or a time that cannot work.
+        """
+        if self.max_size is None:
+            object.__setattr__(self, "max_size", self.min_size or 10)
+        for name in ("timeout", "max_lifetime", "max_idle", "reconnect_timeout"):
+            if not getattr(self, name) > 0:
+                raise ConfigurationError(
+                    f"pool option {name} is {getattr(self, name)!r}; give seconds above 0"
+                )
+        if self.min_size < 0 or self.max_waiting < 0 or self.limit < max(1, self.min_size):
+            raise ConfigurationError(
+                f"pool options min_size={self.min_size}, max_size={self.max_size}, "
+                f"max_waiting={self.max_waiting} cannot work; need 0 <= min_size <= max_size, 1 "
+                "<= max_size"
+            )
+
+    @property
+    def limit(self) -> int:
+        """`max_size` as a number."""
+        assert self.max_size is not None
+        return self.max_size
+
+
+class Lease(Generic[C]):
+    """One holder's right to one connection; `release` ends it, and so does being forgotten."""
+
+    released = True
+
+    def __init__(self, pool: Pool[C], entry: _Entry[C]) -> None:
+        self._pool, self._entry = pool, entry
+        self.connection: C = entry.connection
+        self.since = time.monotonic()
+        self.site = creation_site()
+        self.task = task_name()
+        pool._leases.add(self)
+        self.released = False
+
+    def release(self, *, usable: bool = True) -> None:
+        """Give the connection back; when it is not `usable` it is closed. A second call does
+        nothing."""
+        if not self.released:
+            self.released = True
+            self._pool._take_back(self, usable)
+
+    def __del__(self) -> None:
+        if self.released or sys.is_finalizing():
+            return
+        self.released = True
+        warnings.warn(
+            f"a connection of {self._pool.name!r} was never given back; it was taken at "
+            f"{self.site}",
+            ResourceWarning,
+            source=self,
+            stacklevel=2,
+        )
+        self._pool._take_back_from_anywhere(self._entry)
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class _Entry(Generic[C]):
+    """A connection of the pool, with when it expires and since when it is idle (seconds of the
+    monotonic clock)."""
+
+    connection: C
+    expires: float
+    idle_since: float = 0.0
+
+
+class Pool(Generic[C]):
+    """A pool of connections of one event loop.
+
+    Args:
+        connect: coroutine function that opens a connection.
+        check: coroutine function that tells whether a connection still works.
+        close: closes a connection at once, and returns an awaitable for what then remains to be
+            done, or None.
+        is_permanent: whether an error of `connect` would only come again, so that all who wait are
+            told at once.
+        name: what messages call the pool.
+        options: sizes and times.
+    """
+
+    def __init__(
+        self,
+        connect: Callable[[], Awaitable[C]],
+        check: Callable[[C], Awaitable[bool]],
+        close: Callable[[C], Awaitable[None] | None],
+        *,
+        name: str,
+        options: PoolOptions,
+        is_permanent: Callable[[BaseException], bool] = lambda error: False,
+    ) -> None:
+        self._connect, self._check, self._close = connect, check, close
+        self._is_permanent = is_permanent
+        self.name, self.options = name, options
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.get_ident()
+        self._idle: deque[_Entry[C]] = deque()
+        self._waiters: deque[asyncio.Future[_Entry[C]]] = deque()
+        self._leases: weakref.WeakSet[Lease[C]] = weakref.WeakSet()
+        # Places taken: idle, leased, being opened and being closed.
+        self._size = self._opening = self._leased = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._sentinel: AsyncGenerator[None, None] | None = None
+        self._drained = asyncio.Event()
+        self._failure: BaseException | None = None
+        self._failing_since = self._backoff = self._retry_at = 0.0
+        self._counts: Counter[str] = Counter()
+        self.closed = False
+
+    def __repr__(self) -> str:
+        state = " closed," if self.closed else ""
+        return (
+            f"<Pool {self.name!r}{state} {len(self._idle)} idle, {self._leased} in use, "
+            f"{len(self._waiters)} waiting, max {self.options.limit}>"
+        )
+
+    # What a user of the pool calls
+
+    async def acquire(self, timeout: float | None = None) -> Lease[C]:
+        """A lease of a connection, for at most `timeout` seconds of waiting (default: the pool's).
+
+        Raises:
+            PoolTimeout: no connection came free in time.
+            TooManyWaiting: `max_waiting` callers wait already.
+            PoolClosed: the pool is closed, or was while waiting.
+            WrongLoopError: the pool belongs to another event loop.
+            Whatever `connect` raised, when the server refuses or cannot be reached.
+        """
+        self._check_usable()
+        if self._sentinel is None:
+            await self._start()
+        self._counts["requests_num"] += 1
+        deadline = time.monotonic() + (self.options.timeout if timeout is None else timeout)
+        while True:
+            entry = self._pop_idle() or await self._wait(deadline)
+            self._leased += 1
+            lease = Lease(self, entry)
+            if not self.options.check or await self._is_healthy(lease, deadline):
+                return lease
+            self._counts["connections_lost"] += 1
+            lease.release(usable=False)
+            del lease
+
+    async def open(self) -> None:
+        """Open `min_size` connections, or one, and wait for them.
+
+        Raises:
+            As `acquire`.
+        """
+        wanted = max(1, self.options.min_size)
+        leases: list[Lease[C]] = []
+        try:
+            for _ in range(wanted):
+                leases.append(await self.acquire())
+        finally:
+            for lease in leases:
+                lease.release()
+
+    async def close(self, grace: float = 0.0) -> None:
+        """Close the pool: who waits gets `PoolClosed`, leased connections are cut after `grace`
+        seconds.
+
+        It returns when the server has let go of every connection, or after two seconds more.
+        Cancelled half way,
+        it still closes every connection.
+        """
+        self.closed = True
+        self._fail_waiters(lambda: PoolClosed(f"the pool of {self.name!r} was closed"))
+        while self._idle:
+            self._discard(self._idle.popleft())
+        try:
+            if self._leased and grace > 0:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(grace):
+                        await self._all_returned()
+        finally:
+            self.terminate()
+        await self._settle()
+        if self._sentinel is not None:
+            sentinel, self._sentinel = self._sentinel, None
+            await sentinel.aclose()
+
+    async def _settle(self) -> None:
+        """Wait for what the pool's own tasks still do, but not for long."""
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=CLOSE_BUDGET)
+        for task in self._tasks:
+            task.cancel()
+
+    def terminate(self) -> None:
+        """Close the pool and all its connections now, without awaiting; safe when the loop is
+        already closed."""
+        self.closed = True
+        if self._timer is not None:
+            self._timer.cancel()
+        self._fail_waiters(lambda: PoolClosed(f"the pool of {self.name!r} was closed"))
+        while self._idle:
+            self._discard(self._idle.popleft())
+        for lease in list(self._leases):
+            lease.release(usable=False)
+
+    def belongs_to(self, loop: asyncio.AbstractEventLoop) -> bool:
+        """Whether this is the pool's loop."""
+        return loop is self._loop
+
+    @property
+    def is_orphaned(self) -> bool:
+        """Whether the pool's loop is closed, so that nobody can use or close it in an orderly
+        way."""
+        return self._loop.is_closed()
+
+    def discard_idle(self) -> None:
+        """Close the idle connections, so that the next ones are new."""
+        while self._idle:
+            self._discard(self._idle.popleft())
+
+    def forget(self) -> None:
+        """Drop everything without touching a socket: this process is a fork, and the sockets are
+        its parent's."""
+        self.closed = True
+        self._idle.clear()
+        for lease in list(self._leases):
+            lease.released = True
+
+    def stats(self) -> dict[str, int]:
+        """Numbers under psycopg_pool's names; times (`_ms`) in milliseconds."""
+        return {
+            "pool_min": self.options.min_size,
+            "pool_max": self.options.limit,
+            "pool_size": self._size,
+            "pool_available": len(self._idle),
+            "requests_waiting": len(self._waiters),
+            **{name: self._counts[name] for name in COUNTERS},
+        }
+
+    # Handing connections out
+
+    def _check_usable(self) -> None:
+        if self.closed:
+            raise PoolClosed(f"the pool of {self.name!r} is closed")
+        if asyncio.get_running_loop() is not self._loop:
+            raise WrongLoopError(
+                f"the pool of {self.name!r} belongs to {self._loop!r}, not to "
+                f"{asyncio.get_running_loop()!r}"
+            )
+
+    async def _start(self) -> None:
+        """Learn of the loop's end: it closes its async generators, and a suspended one closes the
+        pool."""
+        self._sentinel = _sentinel(weakref.ref(self))
+        await self._sentinel.__anext__()
+        self._housekeep()
+
+    def _pop_idle(self) -> _Entry[C] | None:
+        """The idle connection used last, so that the others can expire; none while somebody
+        waits."""
+        now = time.monotonic()
+        while self._idle and not self._waiters:
+            entry = self._idle.pop()
+            if entry.expires > now:
+                return entry
+            self._discard(entry)
+        return None
+
+    async def _wait(self, deadline: float) -> _Entry[C]:
+        if (
+            self._failure is not None
+            and time.monotonic() < self._retry_at
+            and self._is_permanent(self._failure)
+        ):
+            raise _again(self._failure)
+        if self.options.max_waiting and len(self._waiters) >= self.options.max_waiting:
+            self._counts["requests_errors"] += 1
+            raise TooManyWaiting(
+                f"no connection to {self.name!r}, {self._usage()} of "
+                f"max_waiting={self.options.max_waiting}; "
+                "shed load, or raise the pool options max_waiting or max_size"
+            )
+        self._counts["requests_queued"] += 1
+        started = time.monotonic()
+        waiter: asyncio.Future[_Entry[C]] = self._loop.create_future()
+        self._waiters.append(waiter)
+        self._maybe_open()
+        timer = self._loop.call_at(
+            self._loop.time() + deadline - started, self._time_out, waiter, deadline - started
+        )
+        try:
+            return await waiter
+        except BaseException:
+            self._counts["requests_errors"] += 1
+            if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
+                # Cancelled in the very tick in which the connection was handed over: it goes to
+                # the next.
+                self._put(waiter.result())
+            elif waiter in self._waiters:
+                self._waiters.remove(waiter)
+            raise
+        finally:
+            timer.cancel()
+            self._counts["requests_wait_ms"] += round((time.monotonic() - started) * 1000)
+
+    def _time_out(self, waiter: asyncio.Future[_Entry[C]], seconds: float) -> None:
+        if waiter.done():
+            return
+        error = PoolTimeout(
+            f"no connection to {self.name!r} within {seconds:.1f} s, "
+            f"{self._usage()}{self._longest_holder()}; "
+            'raise OPTIONS["pool"]["max_size"] or shorten transactions'
+        )
+        error.__cause__ = self._failure
+        waiter.set_exception(error)
+        self._waiters.remove(waiter)
+
+    def _usage(self) -> str:
+        return f"{self._leased} of {self.options.limit} in use, {len(self._waiters)} waiting"
+
+    def _longest_holder(self) -> str:
+        leases = sorted(self._leases, key=lambda lease: lease.since)
+        if not leases:
+            return ""
+        lease = leases[0]
+        held = time.monotonic() - lease.since
+        text = f", longest held for {held:.1f} s by {lease.task!r}, taken at {lease.site}"
+        if any(other.task == task_name() for other in leases):
+            text += " (nested acquire: this task holds one already)"
+        return text
+
+    async def _is_healthy(self, lease: Lease[C], deadline: float) -> bool:
+        try:
+            async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
+                return await self._check(lease.connection)
+        except TimeoutError:
+            return False
+        except BaseException:
+            lease.release(usable=False)
+            raise
+
+    # Taking connections back
+
+    def _take_back(self, lease: Lease[C], usable: bool) -> None:
+        self._leases.discard(lease)
+        self._leased -= 1
+        self._counts["usage_ms"] += round((time.monotonic() - lease.since) * 1000)
+        entry = lease._entry
+        if self.closed or not usable or entry.expires <= time.monotonic():
+            self._counts["returns_bad"] += not usable
+            self._discard(entry)
+        else:
+            self._put(entry)
+        if self._leased == 0:
+            self._drained.set()
+
+    def _take_back_from_anywhere(self, entry: _Entry[C]) -> None:
+        """The lease was collected, perhaps in another thread, perhaps after its loop's end."""
+
+        def discard() -> None:
+            self._leased -= 1
+            self._counts["returns_bad"] += 1
+            self._discard(entry)
+
+        if threading.get_ident() == self._thread:
+            discard()
+        else:
+            try:
+                self._loop.call_soon_threadsafe(discard)
+            except RuntimeError:
+                # The loop is closed.
+                self._close(entry.connection)
+
+    def _put(self, entry: _Entry[C]) -> None:
+        """Give a connection in good state to the first who waits, or keep it."""
+        while self._waiters:
+            waiter = self._waiters.popleft()
+            if not waiter.done():
+                waiter.set_result(entry)
+                return
+        if self.closed:
+            self._discard(entry)
+            return
+        entry.idle_since = time.monotonic()
+        self._idle.append(entry)
+
+    def _discard(self, entry: _Entry[C]) -> None:
+        """Close a connection; its place is free when the server has let go of it, or after two
+        seconds."""
+        remains = self._close(entry.connection)
+        if remains is None or not self._can_spawn():
+            if isinstance(remains, Coroutine):
+                remains.close()
+            self._free()
+        else:
+            self._spawn(self._finish(remains))
+
+    async def _finish(self, remains: Awaitable[None]) -> None:
+        try:
+            async with asyncio.timeout(CLOSE_BUDGET):
+                await remains
+        except Exception as exc:
+            logger.warning("a connection of %r did not end in an orderly way: %r", self.name, exc)
+        finally:
+            self._free()
+
+    def _free(self) -> None:
+        self._size -= 1
+        if not self.closed:
+            self._maybe_open()
+
+    # Opening connections
+
+    def _maybe_open(self) -> None:
+        """Start as many attempts to connect as are wanted and allowed: only one while the server
+        fails."""
+        wanted = max(len(self._waiters), self.options.min_size - self._size + self._opening)
+        allowed = self.options.limit - self._size
+        if self._failure is not None:
+            allowed = min(allowed, 1 - self._opening)
+        for _ in range(min(wanted - self._opening, allowed)):
+            if self._can_spawn():
+                self._size += 1
+                self._opening += 1
+                self._spawn(self._open_one())
+
+    async def _open_one(self) -> None:
+        started = time.monotonic()
+        try:
+            if self._failure is not None:
+                await asyncio.sleep(max(0.0, self._retry_at - started))
+            self._counts["connections_num"] += 1
+            connection = await self._connect()
+        except BaseException as exc:
+            self._opening -= 1
+            self._size -= 1
+            if not isinstance(exc, Exception):
+                raise
+            self._connect_failed(exc)
+            return
+        self._opening -= 1
+        self._counts["connections_ms"] += round((time.monotonic() - started) * 1000)
+        self._failure, self._backoff = None, 0.0
+        spread = 1 - LIFETIME_SPREAD * random.random()
+        self._put(_Entry(connection, time.monotonic() + self.options.max_lifetime * spread))
+        if not self.closed:
+            self._maybe_open()
+
+    def _connect_failed(self, error: Exception) -> None:
+        """Tell the first who waits, or all of them when it would only fail again; then try again
+        later."""
+        self._counts["connections_errors"] += 1
+        now = time.monotonic()
+        if self._failure is None:
+            self._failing_since = now
+        self._failure = error.with_traceback(None)
+        self._backoff = min(max(BACKOFF_MIN, self._backoff * 2), BACKOFF_MAX)
+        self._retry_at = now + self._backoff * random.uniform(0.8, 1.0)
+        logger.warning("connecting to %r failed: %s", self.name, error)
+        if self._is_permanent(error) or now - self._failing_since > self.options.reconnect_timeout:
+            self._fail_waiters(lambda: _again(error))
+        else:
+            self._fail_waiters(lambda: _again(error), most=1)
+        if self._waiters and not self.closed:
+            self._maybe_open()
+
+    def _fail_waiters(self, error: Callable[[], BaseException], most: int | None = None) -> None:
+        while self._waiters and most != 0:
+            waiter = self._waiters.popleft()
+            if not waiter.done() and not self._loop.is_closed():
+                waiter.set_exception(error())
+                most = None if most is None else most - 1
+
+    # Housekeeping
+
+    def _housekeep(self) -> None:
+        """Close what is idle for too long, keep `min_size` open, and come again."""
+        if self.closed:
+            return
+        now = time.monotonic()
+        while (
+            self._idle and self._size > self.options.min_size and self._is_stale(self._idle[0], now)
+        ):
+            self._discard(self._idle.popleft())
+        self._maybe_open()
+        self._timer = self._loop.call_later(
+            max(0.05, min(self.options.max_idle, self.options.max_lifetime) / 4), self._housekeep
+        )
+
+    def _is_stale(self, entry: _Entry[C], now: float) -> bool:
+        return now - entry.idle_since >= self.options.max_idle or entry.expires <= now
+
+    async def _all_returned(self) -> None:
+        self._drained.clear()
+        if self._leased:
+            await self._drained.wait()
+
+    def _can_spawn(self) -> bool:
+        return threading.get_ident() == self._thread and self._loop.is_running()
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        # A context of its own: the task outlives the request that happened to start it.
+        task = self._loop.create_task(coroutine, context=contextvars.Context())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+COUNTERS = (
+    "usage_ms",
+    "requests_num",
+    "requests_queued",
+    "requests_wait_ms",
+    "requests_errors",
+    "returns_bad",
+    "connections_num",
+    "connections_ms",
+    "connections_errors",
+    "connections_lost",
+)
+
+
+async def _sentinel(pool: weakref.ref[Pool[Any]]) -> AsyncGenerator[None, None]:
+    try:
+        yield
+    finally:
+        if (alive := pool()) is not None:
+            alive.terminate()
+            await alive._settle()
+
+
+def _again(error: BaseException) -> BaseException:
+    """A copy of `error` to raise: one object raised in several tasks would collect all their
+    tracebacks."""
+    fresh = copy.copy(error)
+    fresh.__cause__ = error.__cause__
+    return fresh
+
+
+def creation_site() -> str:
+    """File, line and function of the nearest caller outside this package."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
+
+
+def task_name() -> str:
+    """Name of the current task, for messages."""
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:
+        task = None
+    return "no task" if task is None else task.get_name()

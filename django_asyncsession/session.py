@@ -1,0 +1,654 @@
+"""The session: rows, raw SQL and transactions for as long as a request lives."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
+from types import TracebackType
+from typing import Any, ParamSpec, Self, TypeVar
+
+import sqlparse
+from django.db.models import Model, QuerySet
+
+from .blocks import Block
+from .exceptions import SessionClosedError, SessionStateError
+from .pool import creation_site
+from .results import BaseResultSet, Row
+from .statements import check_one_statement
+from .transaction import Params, Source, State, Transaction, describe
+
+P = ParamSpec("P")
+T = TypeVar("T")
+M = TypeVar("M", bound=Model)
+
+
+class Session:
+    """One unit of work on one database: a connection, taken when first needed, and its transaction.
+
+    Used with `async with`, it commits at the end, and rolls back when anything is raised. After
+    `commit()` or
+    `rollback()` in the middle, the next statement begins a new transaction.
+
+    Args:
+        bind: the `DatabaseInterface` to work on.
+        autocommit: True: no transaction; each statement takes its own connection, so they can run
+            in parallel.
+        isolation: "read committed", "repeatable read", "serializable"; None is the database's
+            default.
+        read_only: refuse writes.
+        deferrable: wait for a snapshot that cannot fail (PostgreSQL, serializable and read-only).
+        timeout: seconds that a statement may take.
+        lock_timeout: seconds that a statement may wait for a lock.
+        idle_timeout: seconds that the transaction may wait for its next statement.
+        begin_on_use: begin with the first statement, so that `begin()` is not needed.
+
+    Raises:
+        ConfigurationError: an option that cannot be.
+    """
+
+    def __init__(
+        self,
+        bind: Source,
+        *,
+        autocommit: bool = False,
+        isolation: str | None = None,
+        read_only: bool | None = None,
+        deferrable: bool | None = None,
+        timeout: float | None = None,
+        lock_timeout: float | None = None,
+        idle_timeout: float | None = None,
+        begin_on_use: bool = False,
+    ) -> None:
+        self.bind = bind
+        self.alias = bind.alias
+        self.autocommit = autocommit
+        self.info: dict[str, Any] = {}
+        self._options: dict[str, Any] = {
+            "isolation": isolation,
+            "read_only": read_only,
+            "deferrable": deferrable,
+            "timeout": timeout,
+            "lock_timeout": lock_timeout,
+            "idle_timeout": idle_timeout,
+        }
+        self._begin_on_use = begin_on_use
+        self._state = State.NEW
+        self._site = creation_site()
+        self._entered = False
+        # The transaction in progress; in autocommit mode only while `atomic()` is open.
+        self._transaction: Transaction | None = None
+        self._released = False
+        # Options that cannot be are told here, not at the first statement.
+        self._new_transaction()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.alias!r} {self._describe()}>"
+
+    def _describe(self) -> str:
+        if self._transaction is not None:
+            return describe(self._transaction.state, len(self._transaction._blocks))
+        return self._state.value + (", autocommit" if self.autocommit else "")
+
+    def __del__(self) -> None:
+        transaction = getattr(self, "_transaction", None)
+        if transaction is not None and transaction._lease is not None:
+            warnings.warn(
+                f"{self!r} made at {self._site} was never closed; use `async with`, or await "
+                "session.close()",
+                ResourceWarning,
+                source=self,
+                stacklevel=2,
+            )
+
+    # Begin and end
+
+    async def begin(self) -> Self:
+        """Begin a transaction. The connection is taken, and BEGIN sent, with the first statement.
+
+        Raises:
+            SessionStateError: in a transaction already; nested blocks are `begin_nested()`.
+            SessionClosedError: the session is closed.
+        """
+        self._check_not_closed()
+        if self._transaction is not None:
+            raise SessionStateError(
+                f"{self!r} has begun already; nest with `async with session.begin_nested()`"
+            )
+        if not self.autocommit:
+            self._transaction = await self._new_transaction().begin()
+        elif self._state is not State.NEW:
+            raise SessionStateError(
+                f"{self!r} has begun already; use `async with session.atomic()`"
+            )
+        self._state = State.IDLE
+        return self
+
+    start = begin
+
+    async def commit(self) -> Self:
+        """Commit and run the `on_commit` callbacks; the next statement begins a new transaction.
+
+        Raises:
+            TransactionManagementError: an error or a cancellation inside was swallowed; it is
+                rolled back.
+            CommitUnknown: the connection was lost while COMMIT was on its way.
+            SessionStateError: not begun, or a nested block is open.
+            Whatever the database says to COMMIT, or a callback raised. Any error leaves the
+            session closed.
+        """
+        await self._finish(Transaction.commit, "commit()")
+        return self
+
+    async def rollback(self, checkpoint: str | Block | None = None) -> Self:
+        """Roll back; with a `checkpoint` (a savepoint or its name), roll back to it and stay in
+        the transaction.
+
+        Raises:
+            SessionStateError: not begun, or a nested block is open.
+        """
+        if checkpoint is None:
+            await self._finish(Transaction.rollback, "rollback()")
+        else:
+            await (await self._current()).rollback(checkpoint)
+        return self
+
+    async def _finish(self, how: Callable[[Transaction], Awaitable[None]], what: str) -> None:
+        self._check_begun()
+        if self.autocommit:
+            raise SessionStateError(
+                f"{what} in autocommit mode: every statement is committed already"
+            )
+        transaction = self._transaction
+        if transaction is None:
+            return
+        try:
+            await how(transaction)
+        except BaseException:
+            if transaction.state is State.CLOSED:
+                self._state = State.CLOSED
+            raise
+        finally:
+            if transaction.state is State.CLOSED and self._transaction is transaction:
+                self._transaction = None
+
+    async def close(self, *, has_error: bool = False) -> None:
+        """Roll back what is not committed and give the connection back; closing twice does
+        nothing."""
+        self._state = State.CLOSED
+        transaction = self._transaction
+        try:
+            if transaction is not None:
+                await transaction.close(has_error=has_error)
+        finally:
+            self._transaction = None
+
+    async def reset(self) -> Self:
+        """Roll back, give the connection back, and be as new: to be begun again."""
+        await self.close()
+        self._state, self._entered, self._released = State.NEW, False, False
+        return self
+
+    async def __aenter__(self) -> Self:
+        if self._entered:
+            raise SessionStateError(
+                f"{self!r} is entered already; nest with `async with session.begin_nested()`"
+            )
+        if self._state is State.NEW:
+            await self.begin()
+        self._check_not_closed()
+        self._entered = True
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            if exc is None and self._transaction is not None:
+                await self.commit()
+        finally:
+            await self.close(has_error=exc is not None)
+
+    @property
+    def state(self) -> State:
+        """Where the session is in its life."""
+        return self._state if self._transaction is None else self._transaction.state
+
+    @property
+    def closed(self) -> bool:
+        """Whether the session is closed for good."""
+        return self._state is State.CLOSED
+
+    @property
+    def in_transaction(self) -> bool:
+        """Whether a transaction has begun and not ended."""
+        return self._transaction is not None
+
+    # Nested blocks
+
+    def begin_nested(self, name: str | None = None) -> Block:
+        """A savepoint, entered with `async with`: released at the end, rolled back to when
+        anything is raised.
+
+        Args:
+            name: name of the savepoint; None makes one up.
+
+        Raises:
+            ValueError: a name that cannot be quoted.
+            SessionStateError: not in a transaction.
+        """
+        return Block(self._begun_transaction("begin_nested()"), name=name, strict=True)
+
+    savepoint = begin_nested
+
+    @asynccontextmanager
+    async def atomic(self, savepoint: bool = True, durable: bool = False) -> AsyncIterator[None]:
+        """Django's `atomic()`: a savepoint in a transaction, a transaction in autocommit mode.
+
+        Raises:
+            RuntimeError: `durable` and nested.
+            As `commit`.
+        """
+        if not self.autocommit or self._transaction is not None:
+            transaction = await self._current()
+            async with Block(transaction, savepoint=savepoint, durable=durable):
+                yield
+            return
+        self._check_begun()
+        self._transaction = transaction = await self._new_transaction(autocommit=False).begin()
+        transaction.own()
+        try:
+            async with transaction:
+                yield
+        finally:
+            self._transaction = None
+
+    @asynccontextmanager
+    async def released(self) -> AsyncIterator[None]:
+        """Commit and be without a connection for slow work that needs no database; carry on
+        afterwards.
+
+        Raises:
+            SessionStateError: a statement inside the block.
+            As `commit`.
+        """
+        await self.commit()
+        self._released = True
+        try:
+            yield
+        finally:
+            self._released = False
+
+    def set_rollback(self, rollback: bool) -> None:
+        """Say that the innermost block shall be rolled back at its end without an error, or take
+        that back.
+
+        Raises:
+            SessionStateError: not in a transaction.
+        """
+        self._begun_transaction("set_rollback()").set_rollback(rollback)
+
+    def get_rollback(self) -> bool:
+        """Whether the innermost block will be rolled back at its end.
+
+        Raises:
+            SessionStateError: not in a transaction.
+        """
+        return self._begun_transaction("get_rollback()").get_rollback()
+
+    def on_commit(self, func: Callable[[], Any], robust: bool = False) -> None:
+        """Call `func`, or await it if it is a coroutine function, after the commit; never after a
+        rollback.
+
+        Callbacks run in order; those registered in a nested block that is rolled back are dropped.
+        In autocommit
+        mode a plain function is called at once, as in Django.
+
+        Args:
+            robust: log an error of `func` instead of raising it and dropping the later callbacks.
+
+        Raises:
+            SessionStateError: not begun; or a coroutine function in autocommit mode.
+            TypeError: `func` cannot be called.
+        """
+        if self.autocommit and self._transaction is None:
+            self._check_begun()
+            if inspect.iscoroutinefunction(func):
+                raise SessionStateError(
+                    "on_commit() cannot await in autocommit mode; await the coroutine yourself"
+                )
+            func()
+        else:
+            self._begun_transaction("on_commit()").on_commit(func, robust)
+
+    def on_rollback(self, func: Callable[[], Any]) -> None:
+        """Call `func`, or await it, once the current block is rolled back. Its errors are logged.
+
+        Raises:
+            SessionStateError: not in a transaction.
+            TypeError: `func` cannot be called.
+        """
+        self._begun_transaction("on_rollback()").on_rollback(func)
+
+    # Raw SQL
+
+    async def execute(self, sql: Any, params: Params = None) -> int:
+        """Run one statement; return how many rows it touched, -1 when the database does not tell.
+
+        Args:
+            sql: the statement, with `%s` for each value of a sequence, or `%(name)s` for those of
+                a mapping.
+            params: the values. With None, percent signs in `sql` are taken as they are.
+
+        Raises:
+            MultipleStatements: more than one statement; use `execute_script`.
+            QueryTimeout: the server ended it by its timeout.
+            Django's database errors.
+        """
+        check_one_statement(sql)
+        async with self._working() as transaction:
+            return await transaction.execute(sql, params)
+
+    async def execute_many(
+        self, sql: Any, param_list: Iterable[Sequence[Any] | dict[str, Any]]
+    ) -> int:
+        """Run one statement once for each set of values; return how many rows it touched in all.
+
+        Raises:
+            As `execute`.
+        """
+        check_one_statement(sql)
+
+        def execute_many(transaction: Transaction) -> int:
+            with transaction._wrapper.cursor() as cursor:
+                cursor.executemany(sql, list(param_list))
+                return int(cursor.rowcount)
+
+        async with self._working() as transaction:
+            return await transaction.run(execute_many, transaction)
+
+    async def execute_script(self, sql: str) -> None:
+        """Run several statements, separated by semicolons, without values and without results.
+
+        Raises:
+            Django's database errors.
+        """
+
+        def execute_script(transaction: Transaction) -> None:
+            wrapper = transaction._wrapper
+            statements = [sql] if wrapper.multiple_statements else sqlparse.split(sql)
+            with wrapper.cursor() as cursor:
+                for statement in statements:
+                    if statement.strip().strip(";").strip():
+                        cursor.execute(statement)
+
+        async with self._working() as transaction:
+            await transaction.run(execute_script, transaction)
+
+    async def cursor(self, sql: Any, params: Params = None) -> BaseResultSet:
+        """Run one statement and return its result, to be fetched as asked.
+
+        Raises:
+            As `execute`.
+        """
+        check_one_statement(sql)
+        if not self._is_one_statement_mode:
+            return await (await self._current()).cursor(sql, params)
+        async with self._working() as transaction:
+            # The connection goes back now, so the rows come along.
+            return await transaction.cursor_in_memory(sql, params)
+
+    async def fetch(self, sql: Any, params: Params = None) -> Row | None:
+        """The first row of the result, or None.
+
+        Raises:
+            As `execute`.
+        """
+        async with await self.cursor(sql, params) as result:
+            return await result.fetch_row()
+
+    fetch_row = fetch
+
+    async def fetch_value(self, sql: Any, params: Params = None) -> Any:
+        """The first column of the first row, or None when there is no row.
+
+        Raises:
+            As `execute`.
+        """
+        row = await self.fetch(sql, params)
+        return None if row is None else row[0]
+
+    async def fetch_all(self, sql: Any, params: Params = None) -> list[Row]:
+        """All rows of the result.
+
+        Raises:
+            As `execute`.
+        """
+        async with await self.cursor(sql, params) as result:
+            return await result.flatten()
+
+    async def stream(
+        self, query: Any, params: Params = None, chunk_size: int = 2000
+    ) -> AsyncGenerator[Any, None]:
+        """Rows one by one from a server-side cursor, `chunk_size` rows in memory at a time.
+
+        Args:
+            query: SQL, or a query of this session.
+            params: values for SQL.
+            chunk_size: rows fetched in one round trip.
+
+        Raises:
+            ValueError: `chunk_size` is not above 0.
+            As `execute`.
+        """
+        if chunk_size <= 0:
+            raise ValueError(f"chunk_size is {chunk_size}; give a number of rows above 0")
+        if hasattr(query, "stream"):
+            rows = query.stream(chunk_size=chunk_size)
+        else:
+            check_one_statement(query)
+            rows = self._stream_sql(query, params, chunk_size)
+        try:
+            async for row in rows:
+                yield row
+        finally:
+            await rows.aclose()
+
+    async def _stream_sql(
+        self, sql: Any, params: Params, chunk_size: int
+    ) -> AsyncGenerator[Row, None]:
+        async with (
+            self.hold() as transaction,
+            await transaction.stream(sql, params, chunk_size) as result,
+        ):
+            async for row in result:
+                yield row
+
+    @asynccontextmanager
+    async def hold(self) -> AsyncIterator[Transaction]:
+        """One connection for several calls: the session's transaction, or in autocommit mode one
+        for the block."""
+        if not self._is_one_statement_mode:
+            yield await self._current()
+            return
+        self._check_begun()
+        async with self._new_transaction(autocommit=False) as transaction:
+            yield transaction
+
+    # Sync code
+
+    async def run_sync(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call sync code, Django's ORM and all that uses it, natively async on this session's
+        connection.
+
+        Raises:
+            TypeError: `fn` is a coroutine function.
+            Whatever `fn` raises.
+        """
+        if inspect.iscoroutinefunction(fn):
+            raise TypeError(
+                f"run_sync() calls sync functions, and {fn!r} is a coroutine function; await it"
+            )
+        async with self._working() as transaction:
+            return await transaction.run(fn, *args, **kwargs)
+
+    async def driver_connection(self) -> Any:
+        """The driver's own connection, for use inside `run_sync` while the transaction is open."""
+        return await (await self._current()).driver_connection()
+
+    # Rows
+
+    async def add(self, row: M) -> M:
+        """INSERT a new row, UPDATE a loaded one, through the model's own `save()`.
+
+        Returns:
+            The same row, with its primary key and database defaults filled in.
+
+        Raises:
+            Django's database errors.
+        """
+        await self.run_sync(row.save, using=self.alias)
+        return row
+
+    async def add_all(self, rows: Iterable[M]) -> list[M]:
+        """`add` each row, in one turn, all or none.
+
+        Raises:
+            As `add`.
+        """
+        given = list(rows)
+
+        def save_all() -> list[M]:
+            for row in given:
+                row.save(using=self.alias)
+            return given
+
+        return await self.run_sync(save_all)
+
+    async def remove(self, row: Model) -> int:
+        """DELETE a row, with its `on_delete` rules, through the model's own `delete()`.
+
+        Returns:
+            How many rows were deleted, those that `on_delete` took included.
+
+        Raises:
+            ValueError: the row has no primary key.
+            Django's database errors.
+        """
+        deleted, _ = await self.run_sync(row.delete, using=self.alias)
+        return deleted
+
+    async def refresh(self, row: M, fields: Sequence[str] | None = None) -> M:
+        """Read the row's fields, or the given ones, from the database again.
+
+        Raises:
+            The model's DoesNotExist: the row is gone.
+        """
+        await self.run_sync(row.refresh_from_db, using=self.alias, fields=fields)
+        return row
+
+    async def get(self, model: type[M], pk: Any) -> M | None:
+        """The row with this primary key, or None."""
+        return await self.run_sync(lambda: self._query(model).filter(pk=pk).first())
+
+    async def get_one(self, model: type[M], pk: Any) -> M:
+        """The row with this primary key.
+
+        Raises:
+            The model's DoesNotExist.
+        """
+        return await self.run_sync(lambda: self._query(model).get(pk=pk))
+
+    def _query(self, model: type[M]) -> QuerySet[M]:
+        return model._default_manager.using(self.alias)
+
+    async def truncate(self, model: type[Model], cascade: bool = False) -> None:
+        """Delete all rows of the model's table at once, without signals, and start its keys anew.
+
+        Args:
+            cascade: also the tables that refer to it.
+
+        Raises:
+            Django's database errors, when other tables refer to it.
+        """
+
+        def truncate(transaction: Transaction) -> None:
+            from django.core.management.color import no_style
+
+            wrapper = transaction._wrapper
+            wrapper.ops.execute_sql_flush(
+                wrapper.ops.sql_flush(
+                    no_style(),
+                    [model._meta.db_table],
+                    reset_sequences=True,
+                    allow_cascade=cascade,
+                )
+            )
+
+        async with self._working() as transaction:
+            await transaction.run(truncate, transaction)
+
+    # Inside
+
+    def _new_transaction(self, autocommit: bool | None = None) -> Transaction:
+        mode = self.autocommit if autocommit is None else autocommit
+        return Transaction(self.bind, autocommit=mode, **self._options)
+
+    @property
+    def _is_one_statement_mode(self) -> bool:
+        """Whether each statement takes a connection of its own."""
+        return self.autocommit and self._transaction is None
+
+    @asynccontextmanager
+    async def _working(self) -> AsyncIterator[Transaction]:
+        """The transaction to run one statement in: the session's, or in autocommit mode a
+        connection of its own."""
+        if not self._is_one_statement_mode:
+            yield await self._current()
+            return
+        self._check_begun()
+        async with self._new_transaction() as transaction:
+            yield transaction
+
+    async def _current(self) -> Transaction:
+        """The transaction in progress; begun now if the last one has ended."""
+        self._check_begun()
+        if self._transaction is None:
+            self._transaction = await self._new_transaction().begin()
+        return self._transaction
+
+    def _begun_transaction(self, what: str) -> Transaction:
+        """The transaction in progress, for what needs no connection yet."""
+        self._check_begun()
+        if self._transaction is None:
+            if self.autocommit:
+                raise SessionStateError(
+                    f"{what} needs a transaction, and this session is in autocommit mode; use "
+                    "session.atomic()"
+                )
+            self._transaction = self._new_transaction().begin_now()
+        return self._transaction
+
+    def _check_begun(self) -> None:
+        self._check_not_closed()
+        if self._state is State.NEW:
+            if not self._begin_on_use:
+                raise SessionStateError(
+                    f"{self!r} has not begun; use `async with session:`, or await session.begin()"
+                )
+            self._state = State.IDLE
+        if self._released:
+            raise SessionStateError(
+                f"{self!r} gave its connection back for the `released()` block; leave the block "
+                "first"
+            )
+
+    def _check_not_closed(self) -> None:
+        if self._state is State.CLOSED:
+            raise SessionClosedError(
+                f"the session of {self.alias!r} made at {self._site} is closed; make a new one"
+            )
