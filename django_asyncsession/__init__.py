@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .decorators import inject_session as inject_session
     from .exceptions import *  # noqa: F403
     from .interface import DatabaseInterface as DatabaseInterface
     from .interface import databases as databases
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from .transaction import Transaction as Transaction
 
 _MODULES = {
+    "decorators": ("inject_session",),
     "interface": ("DatabaseInterface", "databases"),
     "session": ("Session",),
     "transaction": ("Outcome", "State", "Transaction"),

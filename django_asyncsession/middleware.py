@@ -1,0 +1,137 @@
+"""Gives every ASGI request a session, which ends before the response leaves."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Awaitable, Callable
+from functools import wraps
+from types import FrameType
+from typing import Any
+
+from asgiref.sync import iscoroutinefunction, markcoroutinefunction
+from django.core.handlers.base import BaseHandler
+from django.core.handlers.wsgi import WSGIRequest
+from django.core.signals import got_request_exception
+from django.http import HttpRequest
+from django.http.response import HttpResponseBase
+
+from .conf import settings
+from .interface import databases
+from .scope import RefusedSession, RequestScope
+
+SYNC_VIEW = (
+    "the request's async session is used in a sync view; make the view `async def`, "
+    "or use Django's ORM there as usual"
+)
+WSGI = (
+    "the request's async session is used under WSGI, where nothing can be awaited; "
+    "serve the project's ASGI application, for example with uvicorn"
+)
+_SCOPE = "_async_session_scope"
+
+
+class AsyncSessionMiddleware:
+    """Sets `request.db_session`: a session that takes a connection when first used, and none
+    before.
+
+    It commits before the response leaves, rolls back when the view raises, and stays open for a
+    streaming body. Put it
+    first in MIDDLEWARE, so that it sees the end of every other one.
+    """
+
+    async_capable = True
+    # Sync middleware inside this one runs in a thread, the async view still on the loop.
+    sync_capable = False
+
+    def __init__(self, get_response: Callable[[HttpRequest], Awaitable[HttpResponseBase]]) -> None:
+        self.get_response = get_response
+        markcoroutinefunction(self)
+        _watch_views(_loading_handler(sys._getframe(1)))
+
+    async def __call__(self, request: HttpRequest) -> HttpResponseBase:
+        """Answer the request within its session."""
+        if isinstance(request, WSGIRequest):
+            setattr(request, settings.REQUEST_ATTRIBUTE, RefusedSession(WSGI))
+            return await self.get_response(request)
+        session = databases[settings.ALIAS].get_session(
+            begin_on_use=True, autocommit=not settings.ATOMIC_REQUESTS
+        )
+        setattr(request, settings.REQUEST_ATTRIBUTE, session)
+        async with RequestScope(session) as scope:
+            setattr(request, _SCOPE, scope)
+            response = await self.get_response(request)
+            scope.keep_for(response)
+        return response
+
+    def process_exception(self, request: HttpRequest, exception: Exception) -> None:
+        """Note what was raised, by the rendering of a template response for example."""
+        _fail(request)
+
+
+def _fail(request: HttpRequest | None) -> None:
+    if (scope := getattr(request, _SCOPE, None)) is not None:
+        scope.fail()
+
+
+def _on_request_exception(request: HttpRequest | None = None, **kwargs: Any) -> None:
+    """What nobody caught and Django answers with status 500, raised by another middleware for
+    example."""
+    _fail(request)
+
+
+got_request_exception.connect(_on_request_exception, dispatch_uid="django_asyncsession")
+
+
+def _loading_handler(frame: FrameType | None) -> BaseHandler | None:
+    """The handler that is loading its middleware, found up the stack: Django does not tell a
+    middleware."""
+    while frame is not None:
+        if frame.f_code is BaseHandler.load_middleware.__code__:
+            handler: BaseHandler = frame.f_locals["self"]
+            return handler
+        frame = frame.f_back
+    return None
+
+
+def _watch_views(handler: BaseHandler | None) -> None:
+    """Learn what views raise, where Django's own ATOMIC_REQUESTS does: at the view itself.
+
+    `process_exception` comes too late, because another middleware may answer the exception before.
+    """
+    if handler is None:
+        return
+    make_view_atomic = handler.make_view_atomic
+
+    def watched(view: Callable[..., Any]) -> Callable[..., Any]:
+        return _watched(make_view_atomic(view))
+
+    handler.make_view_atomic = watched  # type: ignore[method-assign]
+
+
+def _watched(view: Callable[..., Any]) -> Callable[..., Any]:
+    if not iscoroutinefunction(view):
+        return _refusing(view)
+
+    @wraps(view)
+    async def watched(request: HttpRequest, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return await view(request, *args, **kwargs)
+        except BaseException:
+            _fail(request)
+            raise
+
+    return watched
+
+
+def _refusing(view: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(view)
+    def refusing(request: HttpRequest, *args: Any, **kwargs: Any) -> Any:
+        if hasattr(request, _SCOPE):
+            setattr(request, settings.REQUEST_ATTRIBUTE, RefusedSession(SYNC_VIEW))
+        try:
+            return view(request, *args, **kwargs)
+        except BaseException:
+            _fail(request)
+            raise
+
+    return refusing

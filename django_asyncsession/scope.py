@@ -1,0 +1,194 @@
+"""A session for as long as a request lasts, its streaming body included; middleware and decorator
+enter it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import logging
+import weakref
+from collections.abc import AsyncIterator, Coroutine
+from types import TracebackType
+from typing import Any, Self
+
+from .exceptions import SyncContextError
+from .session import Session
+
+logger = logging.getLogger("django_asyncsession")
+
+_ending: set[asyncio.Task[None]] = set()
+
+
+class RequestScope:
+    """Commits the session when the request went well, rolls back when it did not, and closes it
+    either way.
+
+    Django turns what a view raises into a response, so that middleware sees no exception; whoever
+    does see it calls
+    `fail`. A streaming response takes the session along: see `keep_for`.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self._failed = False
+        self._body: StreamedBody | None = None
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if exc is not None:
+            self.fail()
+        if self._body is None or self._failed:
+            await self.finish()
+
+    def fail(self) -> None:
+        """Roll back at the end, because something was raised."""
+        self._failed = True
+
+    async def finish(self) -> None:
+        """End the session.
+
+        Raises:
+            What `Session.commit` raises.
+        """
+        session = self.session
+        try:
+            if session.in_transaction and not self._failed:
+                await session.commit()
+        finally:
+            await session.close(has_error=self._failed)
+
+    def keep_for(self, response: Any) -> Any:
+        """Keep the session open for the body of a streaming response that is an async iterator.
+
+        Its transaction is committed when the body is exhausted, and rolled back when the body
+        raises, or when the
+        client goes away before its end. Other responses are left as they are.
+
+        Returns:
+            The same response.
+        """
+        if getattr(response, "streaming", False) and response.is_async and not self._failed:
+            self._body = StreamedBody(response._iterator, self)
+            response.streaming_content = self._body
+        return response
+
+
+class StreamedBody:
+    """The body of a streaming response, at whose end the session ends.
+
+    The end may be the last part, an error, `close()` (which Django calls in a thread), the end of
+    the task that sends
+    the body, or that nobody holds this object any more: a client can go away, and a middleware can
+    drop the response,
+    at any time, and Django tells the body's iterator of neither.
+    """
+
+    def __init__(self, parts: AsyncIterator[Any], scope: RequestScope) -> None:
+        self._parts, self._scope = parts, scope
+        self._loop = asyncio.get_running_loop()
+        self._ended = False
+        end = _EndOfTask(self)
+        if (task := asyncio.current_task()) is not None:
+            task.add_done_callback(end)
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Any:
+        try:
+            return await anext(self._parts)
+        except StopAsyncIteration:
+            await self._end()
+            raise
+        except BaseException:
+            await self.abort()
+            raise
+
+    async def _end(self) -> None:
+        if not self._ended:
+            self._ended = True
+            await self._scope.finish()
+
+    async def abort(self) -> None:
+        """End the body before its end: close what produces it, and roll the session back."""
+        if self._ended:
+            return
+        self._ended = True
+        await _abort(self._parts, self._scope)
+
+    def close(self) -> None:
+        """End the body from any thread; Django calls it when it closes the response."""
+        if not self._ended:
+            self._ended = True
+            _end_later(self._loop, _abort(self._parts, self._scope))
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class _EndOfTask:
+    """Ends a body when the task that should have sent it is done; it does not keep the body
+    alive."""
+
+    def __init__(self, body: StreamedBody) -> None:
+        self._body = weakref.ref(body)
+
+    def __call__(self, task: asyncio.Task[Any]) -> None:
+        if (body := self._body()) is not None:
+            body.close()
+
+
+async def _abort(parts: AsyncIterator[Any], scope: RequestScope) -> None:
+    scope.fail()
+    try:
+        if (aclose := getattr(parts, "aclose", None)) is not None:
+            await aclose()
+    except Exception:
+        logger.warning("error ignored while a streaming body was closed", exc_info=True)
+    finally:
+        await scope.finish()
+
+
+def _end_later(loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, None]) -> None:
+    """Run a clean-up in a task of its own, from whatever thread this is called in."""
+
+    def start() -> None:
+        task = loop.create_task(coroutine, context=contextvars.Context())
+        _ending.add(task)
+        task.add_done_callback(_ending.discard)
+
+    try:
+        loop.call_soon_threadsafe(start)
+    except RuntimeError:
+        # The loop is closed, and its pool with it.
+        coroutine.close()
+
+
+class RefusedSession:
+    """Stands where the session would be, in requests that cannot use one, and says so when it is
+    used.
+
+    Args:
+        reason: what is wrong and what to do.
+    """
+
+    def __init__(self, reason: str) -> None:
+        self._reason = reason
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise SyncContextError(self._reason)
+
+    async def __aenter__(self) -> Any:
+        raise SyncContextError(self._reason)
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        """Never reached."""

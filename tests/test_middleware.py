@@ -1,0 +1,409 @@
+"""The middleware: one session per request, ended before the response leaves, whatever happens."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from typing import Any
+
+import pytest
+from django.core.exceptions import PermissionDenied, SuspiciousOperation
+from django.core.handlers.asgi import ASGIHandler
+from django.db import IntegrityError, connections
+from django.http import Http404, HttpRequest, HttpResponse, StreamingHttpResponse
+from django.template.response import TemplateResponse
+from django.test import AsyncClient, Client, override_settings
+from django.urls import path
+
+from django_asyncsession import Session, SyncContextError, databases
+from django_asyncsession.interface import DatabaseInterface
+from tests.models import User
+
+MIDDLEWARE = ["django_asyncsession.middleware.AsyncSessionMiddleware"]
+pytestmark = pytest.mark.usefixtures("empty_tables")
+
+
+async def add(request: HttpRequest) -> HttpResponse:
+    await request.db_session.add(User(name="added"))
+    return HttpResponse("ok")
+
+
+async def idle(request: HttpRequest) -> HttpResponse:
+    return HttpResponse(repr(databases["default"].stats()["requests_num"]))
+
+
+def failing(error: BaseException) -> Callable[[HttpRequest], Awaitable[HttpResponse]]:
+    async def view(request: HttpRequest) -> HttpResponse:
+        await request.db_session.add(User(name="half"))
+        raise error
+
+    return view
+
+
+async def breaks_while_rendering(request: HttpRequest) -> HttpResponse:
+    await request.db_session.add(User(name="half"))
+    return TemplateResponse(request, "no-such-template.html")
+
+
+async def swallows(request: HttpRequest) -> HttpResponse:
+    await request.db_session.add(User(name="lost"))
+    try:
+        await request.db_session.execute("SELECT * FROM no_such_table")
+    except Exception:
+        pass
+    return HttpResponse("saved")
+
+
+async def breaks_at_commit(request: HttpRequest) -> HttpResponse:
+    sql = "INSERT INTO tests_tag (name, owner_id) VALUES ('orphan', 4711)"
+    await request.db_session.execute(sql)
+    return HttpResponse("saved")
+
+
+def sync_view(request: HttpRequest) -> HttpResponse:
+    return HttpResponse(request.db_session.alias)
+
+
+def sync_view_without_session(request: HttpRequest) -> HttpResponse:
+    return HttpResponse("fine")
+
+
+class Stream:
+    """What the streaming views do, and what became of them."""
+
+    rows = 5
+    error_at: int | None = None
+    started = asyncio.Event()
+    ended: Session | None = None
+
+
+async def streaming(request: HttpRequest) -> StreamingHttpResponse:
+    session = Stream.ended = request.db_session
+    await session.add(User(name="before the body"))
+
+    async def body() -> AsyncIterator[str]:
+        async for row in session.stream(f"SELECT * FROM generate_series(1, {Stream.rows}) AS n"):
+            if row.n == Stream.error_at:
+                raise ValueError("broken body")
+            yield f"{row.n}\n"
+            Stream.started.set()
+
+    return StreamingHttpResponse(body())
+
+
+async def slow(request: HttpRequest) -> HttpResponse:
+    await request.db_session.add(User(name="slow"))
+    Stream.started.set()
+    await request.db_session.execute("SELECT pg_sleep(30)")
+    return HttpResponse("never")
+
+
+urlpatterns = [
+    path("add/", add),
+    path("idle/", idle),
+    path("value-error/", failing(ValueError("no"))),
+    path("404/", failing(Http404("no"))),
+    path("403/", failing(PermissionDenied("no"))),
+    path("400/", failing(SuspiciousOperation("no"))),
+    path("render/", breaks_while_rendering),
+    path("swallows/", swallows),
+    path("commit/", breaks_at_commit),
+    path("sync/", sync_view),
+    path("sync-without/", sync_view_without_session),
+    path("stream/", streaming),
+    path("slow/", slow),
+]
+
+
+@pytest.fixture(autouse=True)
+async def database() -> AsyncIterator[DatabaseInterface]:
+    Stream.rows, Stream.error_at = 5, None
+    Stream.started, Stream.ended = asyncio.Event(), None
+    with override_settings(ROOT_URLCONF=__name__, MIDDLEWARE=MIDDLEWARE):
+        yield databases["default"]
+        await wait_until_clean()
+        await databases.close_all()
+
+
+async def wait_until_clean() -> None:
+    """Every connection is back in its pool, idle on the server; it takes two seconds at the most."""
+    pool = databases["default"].pool()
+    async with asyncio.timeout(3):
+        while pool.stats()["pool_available"] != pool.stats()["pool_size"]:
+            await asyncio.sleep(0.01)
+
+
+@pytest.fixture
+def quiet() -> Iterator[AsyncClient]:
+    """A client that gets the error response, as a browser does, instead of the exception."""
+    yield AsyncClient(raise_request_exception=False)
+
+
+def names() -> list[str]:
+    """What is committed, seen from a connection of the test's own."""
+    with connections["default"].cursor() as cursor:
+        cursor.execute("SELECT name FROM tests_user UNION ALL SELECT name FROM tests_tag")
+        return [name for (name,) in cursor.fetchall()]
+
+
+@pytest.fixture
+def saved() -> Callable[[], Awaitable[list[str]]]:
+    from asgiref.sync import sync_to_async
+
+    return sync_to_async(names)
+
+
+async def test_commits_before_the_response_leaves(saved: Any) -> None:
+    response = await AsyncClient().get("/add/")
+    assert response.status_code == 200
+    assert await saved() == ["added"]
+
+
+async def test_takes_no_connection_when_the_session_is_not_used() -> None:
+    assert (await AsyncClient().get("/idle/")).content == b"0"
+    assert databases["default"].stats()["pool_size"] == 0
+
+
+@pytest.mark.parametrize(
+    ("url", "status"),
+    [("value-error", 500), ("404", 404), ("403", 403), ("400", 400), ("render", 500)],
+)
+async def test_rolls_back_when_the_view_raises(
+    url: str, status: int, quiet: AsyncClient, saved: Any
+) -> None:
+    assert (await quiet.get(f"/{url}/")).status_code == status
+    assert await saved() == []
+
+
+class AnswersExceptions:
+    """An inner middleware that turns every exception of a view into a page."""
+
+    sync_capable = False
+    async_capable = True
+
+    def __init__(self, get_response: Any) -> None:
+        from asgiref.sync import markcoroutinefunction
+
+        self.get_response = get_response
+        markcoroutinefunction(self)
+
+    async def __call__(self, request: HttpRequest) -> Any:
+        return await self.get_response(request)
+
+    def process_exception(self, request: HttpRequest, exception: Exception) -> HttpResponse:
+        return HttpResponse("all is well")
+
+
+async def test_rolls_back_although_another_middleware_answers_the_exception(saved: Any) -> None:
+    with override_settings(MIDDLEWARE=[*MIDDLEWARE, f"{__name__}.AnswersExceptions"]):
+        response = await AsyncClient().get("/value-error/")
+    assert (response.status_code, response.content) == (200, b"all is well")
+    assert await saved() == []
+
+
+class RaisesAfterTheView(AnswersExceptions):
+    async def __call__(self, request: HttpRequest) -> Any:
+        await self.get_response(request)
+        raise RuntimeError("inner middleware")
+
+
+async def test_rolls_back_when_an_inner_middleware_raises(quiet: AsyncClient, saved: Any) -> None:
+    with override_settings(MIDDLEWARE=[*MIDDLEWARE, f"{__name__}.RaisesAfterTheView"]):
+        assert (await quiet.get("/add/")).status_code == 500
+    assert await saved() == []
+
+
+def sync_only(get_response: Any) -> Any:
+    return lambda request: get_response(request)
+
+
+async def test_works_around_sync_only_middleware(saved: Any) -> None:
+    with override_settings(MIDDLEWARE=[*MIDDLEWARE, f"{__name__}.sync_only"]):
+        assert (await AsyncClient().get("/add/")).status_code == 200
+    assert await saved() == ["added"]
+
+
+async def test_a_swallowed_database_error_is_a_500_and_not_a_200_with_nothing_saved(
+    quiet: AsyncClient, saved: Any
+) -> None:
+    assert (await quiet.get("/swallows/")).status_code == 500
+    assert await saved() == []
+
+
+async def test_a_constraint_that_fails_at_commit_is_a_500(quiet: AsyncClient, saved: Any) -> None:
+    assert (await quiet.get("/commit/")).status_code == 500
+    with pytest.raises(IntegrityError):
+        await AsyncClient().get("/commit/")
+    assert await saved() == []
+
+
+async def test_a_sync_view_is_told_what_to_do(saved: Any) -> None:
+    with pytest.raises(SyncContextError, match="make the view `async def`"):
+        await AsyncClient().get("/sync/")
+    assert (await AsyncClient().get("/sync-without/")).content == b"fine"
+
+
+@pytest.mark.filterwarnings("ignore:.*:ResourceWarning")
+def test_wsgi_is_told_what_to_do() -> None:
+    with override_settings(ROOT_URLCONF=__name__, MIDDLEWARE=MIDDLEWARE):
+        assert Client().get("/sync-without/").content == b"fine"
+        with pytest.raises(SyncContextError):
+            Client().get("/sync/")
+        with pytest.raises(SyncContextError, match="serve the project's ASGI application"):
+            Client().get("/add/")
+
+
+async def test_each_request_has_its_own_session(saved: Any) -> None:
+    client = AsyncClient()
+    await asyncio.gather(*[client.get("/add/") for _ in range(20)])
+    assert await saved() == ["added"] * 20
+
+
+async def test_without_atomic_requests_the_session_is_in_autocommit_mode(
+    quiet: AsyncClient, saved: Any
+) -> None:
+    with override_settings(ASYNC_SESSION={"ATOMIC_REQUESTS": False}):
+        await quiet.get("/value-error/")
+    assert await saved() == ["half"]
+
+
+async def test_the_session_is_under_the_name_that_is_set() -> None:
+    with (
+        override_settings(ASYNC_SESSION={"REQUEST_ATTRIBUTE": "other"}),
+        pytest.raises(AttributeError, match="db_session"),
+    ):
+        await AsyncClient().get("/add/")
+
+
+# Streaming
+
+
+async def test_a_streaming_body_has_the_session_until_its_end_and_then_it_commits(
+    saved: Any,
+) -> None:
+    response = await AsyncClient().get("/stream/")
+    assert await saved() == []
+    parts = [part async for part in response.streaming_content]
+    assert b"".join(parts) == b"1\n2\n3\n4\n5\n"
+    assert await saved() == ["before the body"]
+    assert Stream.ended is not None and Stream.ended.closed
+
+
+async def test_a_body_that_raises_rolls_back(saved: Any) -> None:
+    Stream.error_at = 3
+    response = await AsyncClient().get("/stream/")
+    with pytest.raises(ValueError, match="broken body"):
+        [part async for part in response.streaming_content]
+    assert Stream.ended is not None and Stream.ended.closed
+    assert await saved() == []
+
+
+@pytest.mark.parametrize("how", ["closed", "dropped"])
+async def test_a_body_that_never_starts_ends_its_session_without_the_garbage_collector(
+    how: str, saved: Any
+) -> None:
+    gc.disable()
+    try:
+        response = await AsyncClient().get("/stream/")
+        if how == "closed":
+            await asyncio.to_thread(response.close)
+        del response
+        await wait_until_clean()
+    finally:
+        gc.enable()
+    assert Stream.ended is not None and Stream.ended.closed
+    assert await saved() == []
+
+
+# The client goes away
+
+
+class Connection:
+    """An ASGI server's side of one request, whose client can go away."""
+
+    def __init__(self, path: str, leave_after: int | None = None) -> None:
+        self.gone = asyncio.Event()
+        self.sent: list[dict[str, Any]] = []
+        self._received = False
+        self._leave_after = leave_after
+        self._scope = {
+            "type": "http",
+            "method": "GET",
+            "path": path,
+            "headers": [],
+            "query_string": b"",
+            "server": ("testserver", 80),
+        }
+
+    async def run(self) -> None:
+        async with asyncio.timeout(10):
+            await ASGIHandler()(self._scope, self._receive, self._send)
+
+    async def _receive(self) -> dict[str, Any]:
+        if not self._received:
+            self._received = True
+            return {"type": "http.request", "body": b"", "more_body": False}
+        await self.gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def _send(self, message: dict[str, Any]) -> None:
+        self.sent.append(message)
+        if self._leave_after is not None and len(self.sent) > self._leave_after:
+            self.gone.set()
+            await asyncio.sleep(30)
+
+    @property
+    def body(self) -> bytes:
+        return b"".join(message.get("body", b"") for message in self.sent)
+
+
+async def test_a_client_that_leaves_in_mid_query_rolls_back(saved: Any) -> None:
+    connection = Connection("/slow/")
+    task = asyncio.create_task(connection.run())
+    await Stream.started.wait()
+    connection.gone.set()
+    try:
+        await task
+    except BaseException as exc:
+        assert not isinstance(exc, AssertionError)
+    await wait_until_clean()
+    assert await saved() == []
+    assert await _busy_backends() == 0
+
+
+async def test_a_client_that_leaves_while_the_body_is_sent_leaves_it_committed(saved: Any) -> None:
+    connection = Connection("/add/", leave_after=1)
+    await connection.run()
+    await wait_until_clean()
+    assert await saved() == ["added"]
+
+
+async def test_a_client_that_leaves_a_stream_rolls_back(saved: Any) -> None:
+    Stream.rows = 100_000
+    connection = Connection("/stream/", leave_after=3)
+    await connection.run()
+    await wait_until_clean()
+    assert b"1\n" in connection.body
+    assert Stream.ended is not None and Stream.ended.closed
+    assert await saved() == []
+
+
+@pytest.mark.parametrize("url", ["/slow/", "/stream/"])
+async def test_a_server_that_cancels_the_request_leaves_nothing_behind(
+    url: str, saved: Any
+) -> None:
+    Stream.rows = 100_000
+    connection = Connection(url, leave_after=None if url == "/slow/" else 10**6)
+    task = asyncio.create_task(connection.run())
+    await Stream.started.wait()
+    task.cancel()
+    await asyncio.wait([task])
+    await wait_until_clean()
+    assert await saved() == []
+
+
+async def _busy_backends() -> int:
+    async with databases["default"].get_session(autocommit=True) as session:
+        sql = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE %s AND pid <> pg_backend_pid()"
+        return int(await session.fetch_value(sql, ["%pg_sleep(30)%"]))
