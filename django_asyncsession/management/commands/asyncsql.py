@@ -240,7 +240,7 @@ class Run:
             shown += len(shows)
             self._printed.rows += len(shows)
             if len(shows) < len(chunk):
-                self._say(f"only the first {rows(limit)} shown; --limit 0 shows all")
+                self._say(f"only the first {rows(limit)}; --limit 0 shows all")
             if len(chunk) < wanted or len(shows) < len(chunk):
                 break
         self._write(form.end())
