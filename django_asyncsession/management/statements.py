@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Iterator
+from typing import Any, Final
 
 import sqlparse
 
@@ -31,8 +32,13 @@ def split(sql: str) -> list[str]:
 def words(sql: str) -> list[str]:
     """The words and signs of one statement in upper case, without comments and a last semicolon."""
     bare = sqlparse.format(sql, strip_comments=True).rstrip("; \t\r\n")
-    tokens = (token for statement in sqlparse.parse(bare) for token in statement.flatten())
+    tokens = [token for statement in sqlparse.parse(bare) for token in _tokens(statement)]
     return [token.normalized.upper() for token in tokens if not token.is_whitespace]
+
+
+def _tokens(statement: Any) -> Iterator[Any]:
+    # sqlparse has no types.
+    yield from statement.flatten()
 
 
 def controls_transaction(sql: str) -> str | None:

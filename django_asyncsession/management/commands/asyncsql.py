@@ -14,19 +14,19 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, Final, NoReturn
 
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 from django.db import Error
-from django_asyncsession.interface import databases
-from django_asyncsession.results import BaseResultSet
-from django_asyncsession.session import Session
 
 from django_asyncsession.exceptions import AsyncSessionError
+from django_asyncsession.interface import databases
 from django_asyncsession.management import statements
 from django_asyncsession.management.formats import make_format
 from django_asyncsession.management.job import Job, describe, make_job, one_line
+from django_asyncsession.results import BaseResultSet
+from django_asyncsession.session import Session
 
 logger = logging.getLogger("django_asyncsession.asyncsql")
 
@@ -50,7 +50,7 @@ class Command(BaseCommand):
 
     help = DESCRIPTION
     # The database may be in any state.
-    requires_system_checks: Sequence[str] = ()
+    requires_system_checks = ()
 
     def create_parser(self, prog_name: str, subcommand: str, **kwargs: Any) -> CommandParser:
         """A parser that keeps the lines of the description."""
