@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from django import forms
 
@@ -10,8 +10,14 @@ from testproject.shop.models import Author, Book, Stock
 
 MAX_COPIES = 99
 
+if TYPE_CHECKING:
+    _BookModelForm = forms.ModelForm[Book]
+else:
+    # Only its types are generic.
+    _BookModelForm = forms.ModelForm
 
-class BookForm(forms.ModelForm[Book]):
+
+class BookForm(_BookModelForm):
     """A new book; the author is named, and must be known."""
 
     author = forms.ModelChoiceField(Author.objects.all(), to_field_name="name")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
@@ -162,18 +163,22 @@ class Seed:
 
     def _phrase(self, patterns: tuple[str, ...]) -> str:
         noun, noun2 = self._random.sample(words.NOUNS, 2)
-        return self._random.choice(patterns).format(
-            adjective=self._random.choice(words.ADJECTIVES),
-            noun=noun,
-            noun2=noun2,
-            place=self._random.choice(words.PLACES),
+        return with_article(
+            self._random.choice(patterns).format(
+                adjective=self._random.choice(words.ADJECTIVES),
+                noun=noun,
+                noun2=noun2,
+                place=self._random.choice(words.PLACES),
+            )
         )
 
     def _sentence(self) -> str:
-        return self._random.choice(words.ABOUT).format(
-            adjective=self._random.choice(words.ADJECTIVES).lower(),
-            noun=self._random.choice(words.NOUNS).lower(),
-            place=self._random.choice(words.PLACES),
+        return with_article(
+            self._random.choice(words.ABOUT).format(
+                adjective=self._random.choice(words.ADJECTIVES).lower(),
+                noun=self._random.choice(words.NOUNS).lower(),
+                place=self._random.choice(words.PLACES),
+            )
         )
 
     def _moment(self) -> datetime:
@@ -208,6 +213,11 @@ def roman(number: int) -> str:
         text += letters * (number // value)
         number %= value
     return text
+
+
+def with_article(text: str) -> str:
+    """The text with "an" instead of "a" where English wants it."""
+    return re.sub(r"\b([Aa]) (?=[aeiou]|hon|hour)", r"\1n ", text, flags=re.IGNORECASE)
 
 
 def isbn(number: int) -> str:
