@@ -11,7 +11,7 @@ from itertools import islice
 from typing import Any, TypeVar
 
 from django.core.management.base import BaseCommand, CommandError, CommandParser
-from django.db import models, transaction
+from django.db import DEFAULT_DB_ALIAS, connections, models, transaction
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -38,20 +38,23 @@ class Command(BaseCommand):
             default=40_000,
             help="orders, with 2.5 lines each on average (default: %(default)s)",
         )
+        parser.add_argument("--database", choices=sorted(connections), default=DEFAULT_DB_ALIAS)
         parser.add_argument("--flush", action="store_true", help="empty the shop first")
 
-    def handle(self, *args: Any, books: int, orders: int, flush: bool, **options: Any) -> None:
+    def handle(
+        self, *args: Any, books: int, orders: int, database: str, flush: bool, **options: Any
+    ) -> None:
         """Write everything in one transaction, or nothing."""
         if books < 1 or orders < 0:
             raise CommandError("--books is at least 1 and --orders at least 0")
-        with transaction.atomic():
+        with transaction.atomic(using=database):
             if flush:
-                empty()
-            if Book.objects.exists():
+                empty(database)
+            if Book.objects.using(database).exists():
                 self.stdout.write("The shop has books already; use --flush to start again.")
                 return
             with progress() as bars:
-                Seed(bars).fill(books, orders)
+                Seed(database, bars).fill(books, orders)
         self.stdout.write(f"Seeded {books} books and {orders} orders.")
 
 
@@ -67,18 +70,18 @@ def progress() -> Progress:
     return Progress(*columns, console=console, disable=not console.is_terminal)
 
 
-def empty() -> None:
+def empty(database: str) -> None:
     """Delete everything that the shop has."""
     for model in (OrderLine, Order, Customer, Stock, Book, Author):
         # Nothing depends on these rows any more, so no need to load them first.
-        model._default_manager.all()._raw_delete(model._default_manager.db)
+        model._default_manager.using(database)._raw_delete(database)
 
 
 class Seed:
     """Makes the rows; every choice comes from one seeded generator."""
 
-    def __init__(self, bars: Progress) -> None:
-        self._bars = bars
+    def __init__(self, database: str, bars: Progress) -> None:
+        self._database, self._bars = database, bars
         self._random = random.Random(20)
 
     def fill(self, books: int, orders: int) -> None:
@@ -93,14 +96,15 @@ class Seed:
     def _save(self, name: str, model: type[M], rows: list[M]) -> list[M]:
         bar = self._bars.add_task(name, total=len(rows))
         for batch in batches(rows, BATCH):
-            model._default_manager.bulk_create(batch)
+            model._default_manager.using(self._database).bulk_create(batch)
             self._bars.advance(bar, len(batch))
         return self._with_keys(model, rows)
 
     def _with_keys(self, model: type[M], rows: list[M]) -> list[M]:
         # MySQL returns no keys for a bulk insert; the table was empty, so they are in order.
         if rows and rows[0].pk is None:
-            keys = model._default_manager.order_by("pk").values_list("pk", flat=True)
+            saved = model._default_manager.using(self._database)
+            keys = saved.order_by("pk").values_list("pk", flat=True)
             for row, key in zip(rows, keys, strict=True):
                 row.pk = key
         return rows
@@ -198,18 +202,11 @@ def unique(make: Callable[[], str], count: int) -> list[str]:
 
 def roman(number: int) -> str:
     """A number as Roman numerals."""
-    digits = (
-        (100, "C"),
-        (90, "XC"),
-        (50, "L"),
-        (40, "XL"),
-        (10, "X"),
-        (9, "IX"),
-        (5, "V"),
-        (4, "IV"),
-    )
+    values = (1000, 900, 500, 400, 100, 90, 50, 40, 10, 9, 5, 4, 1)
     text = ""
-    for value, letters in (*digits, (1, "I")):
+    for value, letters in zip(
+        values, ["M", "CM", "D", "CD", "C", "XC", "L", "XL", "X", "IX", "V", "IV", "I"], strict=True
+    ):
         text += letters * (number // value)
         number %= value
     return text
