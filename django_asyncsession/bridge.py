@@ -10,6 +10,7 @@ No thread, no second loop, no queue.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import logging
 import threading
@@ -45,22 +46,22 @@ async def run(fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
     Raises:
         Whatever `fn` raises.
     """
-    bridge = _Bridge(fn)
+    bridge = _Bridge(_call)
     # The same context object, not a copy: what `fn` sets, the caller sees.
     bridge.gr_context = getcurrent().gr_context
     thread = threading.get_ident()
     try:
-        outcome = bridge.switch(*args, **kwargs)
+        outcome = bridge.switch(fn, args, kwargs)
         while not bridge.dead:
             try:
-                value = await outcome
-            except GeneratorExit as closed:
+                value = await outcome.pop()
+            except GeneratorExit:
                 bridge.closing = True
                 # In another thread (garbage collection runs anywhere) a greenlet cannot be
                 # switched to: greenlet
                 # itself ends it in its own thread, and the lease's finalizer closes the connection.
                 if threading.get_ident() == thread:
-                    _unwind(bridge, closed)
+                    _unwind(bridge)
                 raise
             except BaseException as error:
                 outcome = bridge.throw(error)
@@ -74,15 +75,23 @@ async def run(fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         outcome = value = None
 
 
-def _unwind(bridge: _Bridge, closed: GeneratorExit) -> None:
-    """End `bridge` with GeneratorExit; an error of its own must not replace that, so it is
-    logged."""
+def _call(fn: Callable[..., T], args: Any, kwargs: Any) -> T | None:
+    """Call `fn`; the whole of what runs in the greenlet."""
     try:
-        bridge.throw(closed)
-    except GeneratorExit:
-        pass
+        return fn(*args, **kwargs)
     except Exception:
+        if not cast(_Bridge, getcurrent()).closing:
+            raise
+        # Nobody waits for the outcome any more, and GeneratorExit must not be replaced.
         logger.warning("error ignored in sync code whose run() was closed", exc_info=True)
+        return None
+
+
+def _unwind(bridge: _Bridge) -> None:
+    """End `bridge` with GeneratorExit."""
+    with contextlib.suppress(GeneratorExit):
+        # Not the caught one: its traceback would hold this frame, and this frame it.
+        bridge.throw(GeneratorExit)
 
 
 def await_(awaitable: Awaitable[T]) -> T:
@@ -105,7 +114,11 @@ def await_(awaitable: Awaitable[T]) -> T:
         _discard(awaitable)
         raise BridgeError("nothing can be awaited while the suspended run() is being closed")
     parent = cast(greenlet, getcurrent().parent)
-    return cast(T, parent.switch(awaitable))
+    # The garbage collector cannot look into a suspended greenlet: an awaitable held there, which
+    # leads to the waiting task and so back to the greenlet, would outlive its loop for ever.
+    box = [awaitable]
+    del awaitable
+    return cast(T, parent.switch(box))
 
 
 def in_bridge() -> bool:

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Generator, Iterator
+from functools import partial
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
@@ -47,19 +48,15 @@ class cancel_at(Generic[T]):
                     assert task is not None
                     task.cancel()
                 try:
-                    sent = yield awaited
+                    resume = partial(steps.send, (yield awaited))
                 except BaseException as error:
-                    resume = _bound(steps.throw, error)
-                else:
-                    resume = _bound(steps.send, sent)
+                    resume = partial(steps.throw, error)
         except StopIteration as end:
             return end.value  # type: ignore[no-any-return]
         finally:
             self.done = not any(step <= self.suspensions for step in self._steps)
-
-
-def _bound(call: Callable[[Any], Any], value: Any) -> Callable[[], Any]:
-    return lambda: call(value)
+            # It may hold the error, whose traceback holds this frame: a cycle.
+            del resume
 
 
 async def outcome_of(awaitable: Awaitable[Any]) -> Any:
@@ -67,10 +64,13 @@ async def outcome_of(awaitable: Awaitable[Any]) -> Any:
     touch the caller."""
     task = asyncio.ensure_future(awaitable)
     await asyncio.wait([task])
-    if task.cancelled():
-        return asyncio.CancelledError()
-    error = task.exception()
-    return task.result() if error is None else error
+    try:
+        return task.result()
+    except BaseException as error:
+        return error
+    finally:
+        # The error's traceback holds this frame.
+        del task
 
 
 class LoopProbe:
