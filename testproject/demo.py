@@ -91,8 +91,12 @@ def _postgresql() -> Iterator[str]:
     import psycopg
 
     FOLDER.mkdir(exist_ok=True)
-    server: Any = get_server(FOLDER / "postgresql")
+    server: Any = get_server(FOLDER / "postgresql", start=False)
+    # The server is stopped with the last process that uses it; one that was killed never said so.
+    users = server.global_process_id_list
+    users.put([pid for pid in users.get_and_remove(os.getpid()) if _is_alive(pid)])
     try:
+        server.start()
         with psycopg.connect(server.get_uri(), autocommit=True) as connection:
             found = connection.execute(
                 "SELECT 1 FROM pg_database WHERE datname = 'shop'"
@@ -103,6 +107,15 @@ def _postgresql() -> Iterator[str]:
     finally:
         _say("stopping PostgreSQL ...")
         server.cleanup()
+
+
+def _is_alive(pid: int) -> bool:
+    import psutil
+
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _prepare() -> None:
@@ -116,7 +129,10 @@ def _prepare() -> None:
     try:
         _say("making the tables ...")
         call_command("migrate", verbosity=0, interactive=False)
-        call_command("seed")
+        from testproject.shop.models import Book
+
+        if not Book.objects.exists():
+            call_command("seed")
     except DatabaseError as exc:
         _fail(f"the database of DATABASE_URL cannot be used: {str(exc).splitlines()[0]}")
     finally:

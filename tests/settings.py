@@ -32,7 +32,7 @@ if _mysql := servers.mysql():
     pymysql.install_as_MySQLdb()
     DATABASES["mysql"] = _mysql
     try:
-        import MySQLdb  # type: ignore[import-untyped]  # noqa: F401
+        import MySQLdb  # noqa: F401
     except ImportError:
         import pymysql
 

@@ -426,9 +426,7 @@ def url_of(alias: str, **options: str) -> str:
 @asynccontextmanager
 async def served(application: str) -> AsyncIterator[tuple[str, subprocess.Popen[bytes]]]:
     """The shop under uvicorn, as a process of its own; ended with SIGTERM."""
-    with closing(socket.socket()) as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
+    port = free_port()
     env = {
         **os.environ,
         "DJANGO_SETTINGS_MODULE": "testproject.settings",
@@ -451,7 +449,13 @@ async def served(application: str) -> AsyncIterator[tuple[str, subprocess.Popen[
             process.kill()
 
 
-async def answers(port: int, process: subprocess.Popen[bytes]) -> None:
+def free_port() -> int:
+    with closing(socket.socket()) as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+async def answers(port: int, process: subprocess.Popen[Any]) -> None:
     end = time.monotonic() + 30
     while True:
         assert process.poll() is None, "uvicorn has ended"
@@ -577,3 +581,56 @@ async def settle(application: str) -> None:
     while set(states := await read(activity, application)) - {"idle"}:
         assert time.monotonic() < end, f"not idle 5 s after the last request: {states}"
         await asyncio.sleep(0.1)
+
+
+# The demo
+
+
+def demo(**env: str) -> subprocess.Popen[str]:
+    """Start what `make demo` starts."""
+    command = [sys.executable, "-m", "testproject.demo"]
+    env = {**os.environ, "DJANGO_SETTINGS_MODULE": "testproject.settings", **env}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=env, stdout=pipe, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+async def test_the_demo_says_where_it_is_and_stops_on_a_signal(
+    seeded_shop: None, number: int
+) -> None:
+    port = free_port()
+    process = demo(PORT=str(port), DATABASE_URL=url_of("default"))
+    try:
+        await answers(port, process)
+        text = httpx.get(f"http://127.0.0.1:{port}/api/books/").text
+        assert '"count": 60' in text
+        process.send_signal(number)
+        said, _ = await asyncio.to_thread(process.communicate, timeout=15)
+    finally:
+        process.kill()
+    assert f"http://127.0.0.1:{port}/order/" in said and f"curl http://127.0.0.1:{port}/" in said
+    assert said.endswith("The shop is closed.\n") and "Traceback" not in said
+    assert process.returncode == 0
+
+
+def test_the_demo_says_in_one_line_that_its_port_is_taken() -> None:
+    with closing(socket.create_server(("127.0.0.1", 0))) as taken:
+        port = taken.getsockname()[1]
+        process = demo(PORT=str(port), DATABASE_URL="sqlite://")
+        said, _ = process.communicate(timeout=15)
+    assert process.returncode == 1 and said.count("\n") == 1
+    assert said.startswith(f"demo: port {port} cannot be used (Address already in use); try: ")
+
+
+@pytest.mark.parametrize("port", ["0", "65536", "http", "-1"])
+def test_the_demo_refuses_a_port_that_cannot_be(port: str) -> None:
+    said, _ = demo(PORT=port).communicate(timeout=15)
+    assert said == f"demo: PORT is a number from 1 to 65535, not {port!r}\n"
+
+
+def test_the_demo_says_in_one_line_that_its_database_is_down() -> None:
+    url = "postgresql://someone:s3cr3t@127.0.0.1:1/shop"
+    process = demo(PORT=str(free_port()), DATABASE_URL=url)
+    said, _ = process.communicate(timeout=15)
+    assert process.returncode == 1 and "s3cr3t" not in said and "Traceback" not in said
+    assert "demo: the database of DATABASE_URL cannot be used: " in said.splitlines()[-1]
