@@ -16,6 +16,9 @@ DEFAULTS: Final[Mapping[str, Any]] = {
     "NATIVE_ORM": False,
     # Pool options by alias, with psycopg_pool's names: {"default": {"max_size": 20}}.
     "POOLS": {},
+    # True: sessions put SQLite database files into WAL mode, where readers and a writer do not
+    # wait for each other. The mode stays with the file.
+    "SQLITE_WAL": True,
     # Seconds after which a statement is logged as slow; None logs none.
     "SLOW_QUERY_SECONDS": None,
     # Seconds after which a session that still holds its connection is logged; None logs none.

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from django.core.exceptions import ImproperlyConfigured
 from django.db import connections
 from django.db.backends.utils import CursorWrapper
+from django.db.transaction import TransactionManagementError
 from django.db.utils import OperationalError, load_backend
 from greenlet import getcurrent
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
         def _savepoint(self, sid: str) -> None: ...
         def _savepoint_commit(self, sid: str) -> None: ...
         def _commit(self) -> None: ...
+        def _rollback(self) -> None: ...
         def _configure_connection(self, connection: Any) -> bool: ...
 
 else:
@@ -175,6 +177,8 @@ class BridgedMixin(_Wrapper):
     cut = False
     # COMMIT was answered by the server.
     commit_confirmed = False
+    # The database took back the whole transaction, not only the statement that failed.
+    dead = False
     # What carried over from the last lease must be reset before the next.
     touched = False
     _opening = False
@@ -258,8 +262,13 @@ class BridgedMixin(_Wrapper):
         return name
 
     def _commit(self) -> None:
+        self.check_alive()
         super()._commit()
         self.commit_confirmed = True
+
+    def _rollback(self) -> None:
+        super()._rollback()
+        self.dead = False
 
     def run_and_clear_commit_hooks(self) -> None:
         pending: list[Any] = self.run_on_commit
@@ -286,6 +295,31 @@ class BridgedMixin(_Wrapper):
         statements."""
         return False
 
+    def driver_failed(self, error: BaseException) -> None:
+        """Note what an error of the driver did to the transaction; called by the driver's facade,
+        so that no `except` of the user's code can hide it."""
+        if self.in_atomic_block and self.is_fatal(error):
+            self.dead = self.needs_rollback = True
+            self.rollback_exc = error  # type: ignore[assignment]
+
+    def check_alive(self) -> None:
+        """Refuse to go on in a transaction that the database has taken back.
+
+        Raises:
+            TransactionManagementError: a statement now would be saved without those before it.
+        """
+        if self.dead or (self.in_atomic_block and self.pooled and self._is_left_behind):
+            what = "taken back by the database" if self.dead else "ended by SQL inside it"
+            raise TransactionManagementError(
+                f"the transaction on {self.alias!r} was {what}; roll it back, and run all of it "
+                "again"
+            ) from self.rollback_exc
+
+    @property
+    def _is_left_behind(self) -> bool:
+        """Whether statements would now be saved one by one, because SQL ended the transaction."""
+        return self.statement_rollback and self.left_by_sql
+
     @staticmethod
     def is_permanent(error: BaseException) -> bool:
         """Whether connecting again would fail the same way (password, database name), so nobody
@@ -295,7 +329,12 @@ class BridgedMixin(_Wrapper):
     # Statements
 
     def before_statement(self, sql: Any) -> None:
-        """Called with the text of each statement before it is sent."""
+        """Called with the text of each statement before it is sent.
+
+        Raises:
+            TransactionManagementError: as `check_alive`.
+        """
+        self.check_alive()
 
     def make_cursor(self, cursor: Any) -> Any:
         return self._watch(super().make_cursor(cursor))
@@ -321,6 +360,7 @@ class BridgedMixin(_Wrapper):
         self.run_commit_hooks_on_set_autocommit_on = False
         self.needs_rollback = self.in_atomic_block = False
         self.rollback_exc = None
+        self.dead = False
         self.savepoint_ids, self.atomic_blocks, self.savepoint_state = [], [], 0
         self.execute_wrappers = []
         self.force_debug_cursor = False

@@ -1,0 +1,340 @@
+"""SQLite: Django's own backend, each connection in a thread of its own.
+
+Waiting for a lock is done here and not by SQLite, whose own wait cannot be interrupted.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import logging
+import re
+import sqlite3
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from django.db.backends.sqlite3 import base
+
+from django_asyncsession.backends import threaded
+from django_asyncsession.backends.base import TransactionOptions, TransactionState
+from django_asyncsession.conf import settings
+
+if TYPE_CHECKING:
+    _Base = base.DatabaseWrapper
+else:
+    _Base = object
+
+logger = logging.getLogger("django_asyncsession")
+
+# Seconds between two tries for a lock, at first and at the most.
+TRY_MIN, TRY_MAX = 0.0005, 0.01
+# Seconds between two looks, by who stands in line, at whether it was cancelled.
+LOOK = 0.02
+# Who waits for the write lock of a database stands in line, so that none waits for ever. It is
+# held while waiting for the lock only, not while having it.
+_lines: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
+# A database in memory lives as long as one connection to it.
+_keepers: dict[str, sqlite3.Connection] = {}
+_keeping = threading.Lock()
+
+# Statements that leave nothing on the connection, unless they are about something temporary.
+HARMLESS = frozenset(
+    {"select", "insert", "update", "delete", "replace", "with", "values", "explain", "create"}
+    | {"alter", "drop", "begin", "commit", "end", "rollback", "savepoint", "release", "analyze"}
+    | {"reindex", "vacuum"}
+)
+FIRST_WORD = re.compile(r"\A(?:\s|--[^\n]*\n|/\*.*?\*/)*(\w+)", re.DOTALL)
+TEMPORARY = re.compile(r"\b(temp|temporary)\b", re.IGNORECASE)
+# Asks without changing anything.
+ASKING_PRAGMA = re.compile(
+    r"\A\s*pragma\s+(\w+\s*;?\s*\Z|(\w+\.)?(table_x?info|table_list|index_x?info|index_list|"
+    r"foreign_key_(list|check)|integrity_check|quick_check)\b)",
+    re.IGNORECASE,
+)
+
+
+class Connection(threaded.Connection):
+    """A connection to SQLite; it begins transactions together with their first statement."""
+
+    def __init__(self, wrapper: Any, thread: threaded.DriverThread) -> None:
+        super().__init__(wrapper, thread)
+        # What runs before the next statement, in the same go.
+        self._prelude: tuple[str, ...] = ()
+        # A transaction was begun; it was ended by SQL that is not ours.
+        self._began = self._left_by_sql = False
+        self._line = _lines[""]
+        # Seconds to wait for a lock, of the connection and of its present user.
+        self._default_lock_timeout = self._lock_timeout = 0.0
+
+    def commit(self) -> None:
+        if self._nothing_begun():
+            return
+        self._began = False
+        self._call(self._wait_for_lock, self._raw.commit)
+
+    def rollback(self) -> None:
+        if self._nothing_begun():
+            return
+        self._began = False
+        super().rollback()
+
+    def _nothing_begun(self) -> bool:
+        """Whether no statement came after the beginning of the transaction, which is called off
+        then."""
+        pending, self._prelude = self._prelude, ()
+        return bool(pending) and not self._raw.in_transaction
+
+    def _begin_with(self, *statements: str) -> None:
+        self._began = self._left_by_sql = False
+        self._prelude += statements
+
+    def _statement(self, execute: Callable[..., Any], *args: Any) -> Any:
+        if self._prelude:
+            self._begin()
+        if execute.__name__ == "executemany" and not self._raw.in_transaction:
+            return self._with_own_wait(execute, *args)
+        return self._wait_for_lock(partial(execute, *args))
+
+    def _begin(self) -> None:
+        with self._in_line():
+            for statement in self._prelude:
+                try:
+                    self._wait_for_lock(partial(self._raw.execute, statement))
+                except sqlite3.OperationalError as exc:
+                    if _code(exc) != sqlite3.SQLITE_READONLY:
+                        raise
+                    # A file that cannot be written has no writers to wait for.
+                    self._raw.execute("BEGIN")
+        self._prelude = ()
+
+    @contextlib.contextmanager
+    def _in_line(self) -> Iterator[None]:
+        deadline = time.monotonic() + self._lock_timeout
+        while not self._line.acquire(timeout=LOOK):
+            if self._thread.stop.is_set():
+                raise sqlite3.OperationalError("interrupted")
+            if time.monotonic() > deadline:
+                raise _locked()
+        try:
+            yield
+        finally:
+            self._line.release()
+
+    def _wait_for_lock(self, call: Callable[[], Any]) -> Any:
+        """Call until no other connection is in the way, the time is up, or it is interrupted."""
+        deadline = time.monotonic() + self._lock_timeout
+        pause = TRY_MIN
+        # In a transaction that has read, only its end can help. COMMIT may come again.
+        may_wait = not self._raw.in_transaction or call == self._raw.commit
+        while True:
+            try:
+                return call()
+            except sqlite3.OperationalError as exc:
+                code = _code(exc)
+                waits = code == sqlite3.SQLITE_BUSY and may_wait
+                # Tables of a database in memory are locked one by one.
+                waits = waits or code == sqlite3.SQLITE_LOCKED
+                if not waits or time.monotonic() >= deadline:
+                    raise
+            if self._thread.stop.wait(pause):
+                raise sqlite3.OperationalError("interrupted")
+            pause = min(2 * pause, TRY_MAX)
+
+    def _with_own_wait(self, execute: Callable[..., Any], *args: Any) -> Any:
+        """Let SQLite wait: half done, and not in a transaction, the call cannot be repeated."""
+        self._raw.execute(f"PRAGMA busy_timeout = {round(self._lock_timeout * 1000)}")
+        try:
+            return execute(*args)
+        finally:
+            self._raw.execute("PRAGMA busy_timeout = 0")
+
+
+def _code(error: sqlite3.Error) -> int:
+    """The error's code without the details, but those that say that waiting does not help."""
+    code: int = getattr(error, "sqlite_errorcode", 0)
+    return code if code == sqlite3.SQLITE_BUSY_SNAPSHOT else code & 0xFF
+
+
+def _locked() -> sqlite3.OperationalError:
+    error = sqlite3.OperationalError("database is locked")
+    error.sqlite_errorcode = sqlite3.SQLITE_BUSY
+    return error
+
+
+class Mixin(threaded.Mixin, _Base):
+    """What bridges Django's SQLite wrapper, or one that derives from it."""
+
+    # SQLite has no other; whoever asks for less gets it.
+    isolation_levels = ("serializable",)
+    unsupported = ("deferrable", "idle_timeout")
+    connection_class = Connection
+    _read_only = False
+
+    # Connecting
+
+    def get_connection_params(self) -> dict[str, Any]:
+        params: dict[str, Any] = super().get_connection_params()
+        if params["database"] == ":memory:":
+            # All sessions of the process share it, as they share a file.
+            params["database"] = f"file:asyncsession_{self.alias}?mode=memory&cache=shared"
+        return params
+
+    def connect_driver(self, conn_params: dict[str, Any]) -> Any:
+        name = str(conn_params["database"])
+        if self.pooled and self.is_in_memory_db() and "memorydb_" not in name:
+            _keep(name)
+        raw = super().connect_driver(conn_params)
+        try:
+            self._prepare(raw)
+        except BaseException:
+            raw.close()
+            raise
+        return raw
+
+    def _prepare(self, raw: sqlite3.Connection) -> None:
+        """What a session's connection needs beyond Django's; runs in the thread."""
+        if not self.pooled:
+            return
+        if self._wants_wal and raw.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
+            try:
+                raw.execute("PRAGMA journal_mode = WAL")
+            except sqlite3.OperationalError as exc:
+                logger.info("%r stays without WAL mode: %s", self.alias, exc)
+
+    @property
+    def _wants_wal(self) -> bool:
+        chosen = any("journal_mode" in command.lower() for command in self.init_commands)
+        return settings.SQLITE_WAL and not chosen and not self.is_in_memory_db()
+
+    def get_new_connection(self, conn_params: dict[str, Any]) -> Any:
+        connection = super().get_new_connection(conn_params)
+        connection._line = _lines[str(conn_params["database"])]
+        return connection
+
+    def init_connection_state(self) -> None:
+        super().init_connection_state()
+        if self.pooled:
+            # The option `timeout`, or what `init_command` said.
+            self.connection._default_lock_timeout = self.connection._call(self._take_over_waiting)
+            self.connection._lock_timeout = self.connection._default_lock_timeout
+
+    def _take_over_waiting(self) -> float:
+        raw = self.connection._raw
+        milliseconds = raw.execute("PRAGMA busy_timeout").fetchone()[0]
+        raw.execute("PRAGMA busy_timeout = 0")
+        return float(milliseconds) / 1000
+
+    def interrupt(self) -> None:
+        if self.connection is not None and (raw := self.connection._raw) is not None:
+            with contextlib.suppress(sqlite3.ProgrammingError):
+                raw.interrupt()
+
+    def interrupt_again(self, thread: threaded.DriverThread) -> None:
+        # The first time came too early if SQLite had not begun the statement yet.
+        thread.interrupt(self.interrupt)
+
+    def is_usable(self) -> bool:
+        return True
+
+    # Transactions
+
+    def start(self, options: TransactionOptions) -> None:
+        self._apply(options)
+
+    def configure_autocommit(self, options: TransactionOptions) -> None:
+        self._apply(options)
+
+    def _apply(self, options: TransactionOptions) -> None:
+        self.check_options(options)
+        connection = self.connection
+        self.statement_timeout = options.timeout
+        connection._prelude = ()
+        connection._lock_timeout = options.lock_timeout or connection._default_lock_timeout
+        self._read_only = bool(options.read_only)
+        if self._read_only:
+            connection._prelude = ("PRAGMA query_only = ON",)
+
+    def _start_transaction_under_autocommit(self) -> None:
+        if not self.pooled:
+            super()._start_transaction_under_autocommit()
+            return
+        # A writer that begins as a reader fails as soon as another one has written.
+        mode = "DEFERRED" if self._read_only else self.transaction_mode or "IMMEDIATE"
+        self.connection._begin_with(f"BEGIN {mode}")
+
+    def _set_autocommit(self, autocommit: bool) -> None:
+        # Setting what is set already would commit an open transaction.
+        if self.pooled and autocommit and self.connection._raw.isolation_level is None:
+            return
+        super()._set_autocommit(autocommit)
+
+    @property
+    def transaction_state(self) -> TransactionState:
+        connection = self.connection
+        if connection is None or connection._raw is None or connection._thread.ended:
+            return TransactionState.UNKNOWN
+        if self.dead:
+            return TransactionState.FAILED
+        inside = connection._raw.in_transaction
+        return TransactionState.ACTIVE if inside else TransactionState.IDLE
+
+    @property
+    def left_by_sql(self) -> bool:
+        return self.connection is not None and self.connection._left_by_sql
+
+    def after_call(self, error: Exception | None) -> None:
+        connection = self.connection
+        if connection is None or connection._raw is None:
+            return
+        inside = connection._raw.in_transaction
+        if error is not None:
+            self.driver_failed(error)
+        elif connection._began and not inside:
+            connection._left_by_sql = True
+        connection._began = inside
+
+    def is_fatal(self, error: BaseException) -> bool:
+        # A full disk, an interrupted write, ON CONFLICT ROLLBACK: SQLite rolls back all of it.
+        return self.connection._began and not self.connection._raw.in_transaction
+
+    def is_timeout(self, error: BaseException, options: TransactionOptions) -> bool:
+        cause = error.__cause__
+        if isinstance(cause, sqlite3.OperationalError) and options.lock_timeout is not None:
+            return _code(cause) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+        return super().is_timeout(error, options)
+
+    # The end of a lease
+
+    def is_harmless(self, sql: Any) -> bool:
+        if not isinstance(sql, str) or (first := FIRST_WORD.match(sql)) is None:
+            return False
+        if first[1].lower() == "pragma":
+            return ASKING_PRAGMA.match(sql) is not None
+        return first[1].lower() in HARMLESS and TEMPORARY.search(sql) is None
+
+    def reset(self) -> None:
+        super().reset()
+        if self.abandoned:
+            return
+        connection = self.connection
+        connection._prelude = ()
+        connection._lock_timeout = connection._default_lock_timeout
+        if self._read_only:
+            connection.execute("PRAGMA query_only = OFF")
+            self._read_only = False
+
+
+def _keep(name: str) -> None:
+    """Keep the database in memory while this process lives, as a file would be kept."""
+    with _keeping:
+        if name not in _keepers:
+            _keepers[name] = sqlite3.connect(name, uri=True, check_same_thread=False)
+            atexit.register(_keepers[name].close)
+
+
+class DatabaseWrapper(Mixin, base.DatabaseWrapper):
+    """Django's SQLite wrapper, bridged: blocking in sync code, in its thread in the bridge."""

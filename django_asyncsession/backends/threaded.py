@@ -1,0 +1,540 @@
+"""Any driver that has no async mode: each connection has a thread of its own, where every driver
+call runs.
+
+The thread begins with the connection and ends with it; there is none per query and no executor. A
+third-party backend needs nothing of its own to work this way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import weakref
+from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
+from itertools import islice
+from queue import SimpleQueue
+from types import BuiltinMethodType, MethodType, MethodWrapperType
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from django.db.transaction import TransactionManagementError
+
+from django_asyncsession.bridge import await_, in_bridge
+from django_asyncsession.exceptions import ConfigurationError
+
+from .base import BridgedMixin, TransactionOptions, TransactionState
+
+if TYPE_CHECKING:
+    from django.db.backends.base.base import BaseDatabaseWrapper as _Base
+else:
+    _Base = object
+
+# Rows that come along with the call that executes, and at least so many with each later one.
+FIRST_ROWS = 1000
+# Seconds between two looks at whether a thread has ended, at first and at the most.
+LOOK_MIN, LOOK_MAX = 0.0005, 0.02
+METHODS = (MethodType, BuiltinMethodType, MethodWrapperType)
+
+
+class DriverThread:
+    """One thread that runs the calls it is sent, one after the other, until `end`."""
+
+    def __init__(self, name: str) -> None:
+        self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._thread = threading.Thread(target=_work, args=(self._jobs,), name=name, daemon=True)
+        # Held for the length of an assignment or of `interrupt`, never while waiting.
+        self._switching = threading.Lock()
+        self._running: object = None
+        self._timed_out = False
+        self._leftovers: list[Callable[[], Any]] = []
+        # What a call that waits for something itself has to look at.
+        self.stop = threading.Event()
+        self.ended = False
+
+    def call(
+        self, fn: Callable[[], Any], interrupt: Callable[[], None], timeout: float | None
+    ) -> Any:
+        """Run `fn` in the thread and await its end; `interrupt` it after `timeout` seconds.
+
+        Raises:
+            Whatever `fn` raises, with the attribute `timed_out` if it was interrupted.
+        """
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[tuple[Any, BaseException | None]] = loop.create_future()
+        self._start()
+        self._jobs.put(partial(self._perform, fn, future, loop))
+        timer = timeout and loop.call_later(timeout, self._time_out, future, interrupt)
+        try:
+            result, error = await_(future)
+        finally:
+            if timer:
+                timer.cancel()
+        timed_out, self._timed_out = self._timed_out, False
+        if timed_out and not self.ended:
+            self.stop.clear()
+        if error is None:
+            return result
+        try:
+            error.timed_out = timed_out  # type: ignore[attr-defined]
+            raise error
+        finally:
+            # The error's traceback refers to this frame.
+            del error
+
+    def post(self, fn: Callable[[], Any]) -> None:
+        """Run `fn` in the thread some time, for nobody's sake."""
+        if self._thread.ident is not None and not self.ended:
+            self._jobs.put(partial(_quietly, fn))
+
+    def later(self, fn: Callable[[], Any]) -> None:
+        """Run `fn` in the thread before the next call."""
+        self._leftovers.append(fn)
+
+    def end(self, last: Callable[[], Any]) -> None:
+        """Run `last` after what still runs, then end the thread. Does not wait."""
+        if self.ended:
+            return
+        self.ended = True
+        self.stop.set()
+        if self._thread.ident is None:
+            _quietly(last)
+        else:
+            self._jobs.put(partial(_quietly, last))
+            self._jobs.put(None)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
+    def interrupt(self, how: Callable[[], None]) -> None:
+        """Call `how` if a call is being run, and never when it has ended already."""
+        with self._switching:
+            if self._running is not None:
+                how()
+
+    def _start(self) -> None:
+        if self._thread.ident is None:
+            self._thread.start()
+
+    def _time_out(self, future: object, how: Callable[[], None]) -> None:
+        with self._switching:
+            if self._running is future:
+                self._timed_out = True
+                self.stop.set()
+                how()
+
+    def _perform(
+        self,
+        fn: Callable[[], Any],
+        future: asyncio.Future[tuple[Any, BaseException | None]],
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        while self._leftovers:
+            _quietly(self._leftovers.pop(0))
+        outcome: tuple[Any, BaseException | None]
+        with self._switching:
+            self._running = future
+        try:
+            outcome = fn(), None
+        except BaseException as error:
+            outcome = None, error
+        with self._switching:
+            self._running = None
+        # RuntimeError: the loop is closed, and nobody waits.
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(_deliver, future, outcome)
+        # The error's traceback refers to this frame.
+        del outcome
+
+
+def _work(jobs: SimpleQueue[Callable[[], None] | None]) -> None:
+    """What the thread does. It refers to the queue only, so a connection that is dropped can end
+    it."""
+    while (job := jobs.get()) is not None:
+        job()
+        # While it waits for the next, it keeps nothing of the last.
+        del job
+
+
+def _deliver(future: asyncio.Future[Any], outcome: Any) -> None:
+    if not future.done():
+        future.set_result(outcome)
+
+
+def _quietly(fn: Callable[[], Any]) -> None:
+    """Call `fn` where nobody is left to be told of an error."""
+    with contextlib.suppress(Exception):
+        fn()
+
+
+class Connection:
+    """A driver's connection; in the bridge its calls run in its thread and are awaited.
+
+    Outside the bridge it is the driver's connection, called directly, as in Django. What is not
+    named here is the driver's own: methods are sent to the thread, other attributes are read.
+    """
+
+    def __init__(self, wrapper: Mixin, thread: DriverThread) -> None:
+        self._raw: Any = None
+        self._thread = thread
+        # Not the wrapper itself: what is dropped shall be gone without the garbage collector.
+        self._owner = weakref.ref(wrapper)
+        self._cursors: weakref.WeakSet[Cursor] = weakref.WeakSet()
+
+    def _open(self, connect: Callable[[], Any]) -> None:
+        """Connect in the thread; a connection that nobody waits for any more is closed there."""
+
+        def opened() -> None:
+            self._raw = connect()
+
+        self._call(opened)
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._raw, name)
+        return partial(self._call, value) if isinstance(value, METHODS) else value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name.startswith("_"):
+            object.__setattr__(self, name, value)
+        else:
+            self._call(setattr, self._raw, name, value)
+
+    def __del__(self) -> None:
+        if thread := self.__dict__.get("_thread"):
+            thread.end(self._closing())
+
+    def cursor(self, *args: Any, **kwargs: Any) -> Cursor:
+        """A cursor of the driver, whose calls run in the thread too. Making it asks nothing of
+        the database."""
+        return Cursor(self, self._raw.cursor(*args, **kwargs))
+
+    def commit(self) -> None:
+        """Commit."""
+        self._call(self._raw.commit)
+
+    def rollback(self) -> None:
+        """Roll back."""
+        self._call(self._raw.rollback, _timed=False)
+
+    def close(self) -> None:
+        """Close the driver's connection and end the thread."""
+        if in_bridge() and self._thread.alive:
+            self._call(self._closing(), _timed=False)
+            self._thread.end(_nothing)
+        else:
+            self._closing()()
+
+    def _call(self, fn: Callable[..., Any], *args: Any, _timed: bool = True, **kwargs: Any) -> Any:
+        """Call the driver: in the thread, awaited, when in the bridge; here otherwise."""
+        wrapper = self._owner()
+        if wrapper is None:
+            return fn(*args, **kwargs)
+        wrapper.check_served()
+        if not in_bridge():
+            return fn(*args, **kwargs)
+        call = partial(fn, *args, **kwargs) if args or kwargs else fn
+        try:
+            result = self._thread.call(
+                call, wrapper.interrupt, wrapper.statement_timeout if _timed else None
+            )
+        except Exception as exc:
+            wrapper.after_call(exc)
+            raise
+        except BaseException:
+            # Cancelled, or closed: what the thread does now is nobody's any more.
+            wrapper.cut_off()
+            raise
+        wrapper.after_call(None)
+        return result if result is not self._raw else self
+
+    def _statement(self, execute: Callable[..., Any], *args: Any) -> Any:
+        """Execute; called in the thread, where a backend may add what belongs to each
+        statement."""
+        return execute(*args)
+
+    def _abandon(self) -> None:
+        """Let the thread end what it does, close and end; without waiting."""
+        self._thread.end(self._closing())
+
+    def _closing(self) -> Callable[[], None]:
+        """What closes the driver's connection, its open cursors first: SQLite keeps its locks as
+        long as one has rows left."""
+        return partial(_close, self.__dict__, list(self._cursors))
+
+
+def _nothing() -> None:
+    """The last call of a thread whose connection is closed."""
+
+
+def _close(state: dict[str, Any], cursors: list[Cursor]) -> None:
+    raw, state["_raw"] = state["_raw"], None
+    for cursor in cursors:
+        _quietly(cursor._raw.close)
+    if raw is not None:
+        # Drivers differ in what close() does to a transaction, and to one with unread rows.
+        _quietly(raw.rollback)
+        raw.close()
+
+
+class Cursor:
+    """A driver's cursor; the rows that fit come along with the call that executes."""
+
+    def __init__(self, connection: Connection, raw: Any) -> None:
+        self._connection, self._raw = connection, raw
+        self._rows: Iterator[Any] = iter(())
+        # The driver has no more rows than those that came along.
+        self._exhausted = True
+        connection._cursors.add(self)
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._raw, name)
+        return partial(self._other, value) if isinstance(value, METHODS) else value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name.startswith("_"):
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self._raw, name, value)
+
+    def __del__(self) -> None:
+        if not self.__dict__.get("_exhausted", True):
+            # Dropped with rows left. The thread that runs the connection ends it, not this one.
+            self._connection._thread.post(self._raw.close)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def __iter__(self) -> Iterator[Any]:
+        while (row := self.fetchone()) is not None:
+            yield row
+
+    def execute(self, *args: Any) -> Any:
+        """Execute, and fetch the first rows in the same go."""
+        return self._executing(self._raw.execute, *args)
+
+    def executemany(self, *args: Any) -> Any:
+        """Execute once for each set of values."""
+        return self._executing(self._raw.executemany, *args)
+
+    def callproc(self, *args: Any) -> Any:
+        """Call a stored procedure, and fetch the first rows in the same go."""
+        return self._executing(self._raw.callproc, *args)
+
+    def nextset(self) -> Any:
+        """Go on to the next result, and fetch its first rows in the same go."""
+        return self._executing(self._raw.nextset)
+
+    def fetchone(self) -> Any:
+        """The next row, or None."""
+        for row in self._rows:
+            return row
+        rows = self._fetch(1)
+        return rows[0] if rows else None
+
+    def fetchmany(self, size: int | None = None) -> list[Any]:
+        """The next rows, an empty list after the last."""
+        size = self._raw.arraysize if size is None else size
+        rows = list(islice(self._rows, size))
+        return rows if len(rows) == size else rows + self._fetch(size - len(rows))
+
+    def fetchall(self) -> list[Any]:
+        """All rows that are left."""
+        rows = list(self._rows)
+        if not self._exhausted:
+            rows += self._connection._call(self._raw.fetchall)
+            self._exhausted = True
+        return rows
+
+    def close(self) -> None:
+        """Close the cursor; only one with rows left has something to tell the database."""
+        self._rows = iter(())
+        exhausted, self._exhausted = self._exhausted, True
+        if not in_bridge() or not exhausted:
+            self._connection._call(self._raw.close)
+        else:
+            self._connection._thread.later(self._raw.close)
+
+    def _executing(self, execute: Callable[..., Any], *args: Any) -> Any:
+        self._rows, self._exhausted = iter(()), False
+        result, rows, self._exhausted = self._connection._call(
+            self._execute_and_fetch, execute, args, in_bridge()
+        )
+        self._rows = iter(rows)
+        return self if result is self._raw else result
+
+    def _execute_and_fetch(
+        self, execute: Callable[..., Any], args: tuple[Any, ...], ahead: bool
+    ) -> tuple[Any, list[Any], bool]:
+        result = self._connection._statement(execute, *args)
+        if not self._raw.description:
+            return result, [], True
+        if not ahead:
+            return result, [], False
+        rows = list(self._raw.fetchmany(FIRST_ROWS))
+        return result, rows, len(rows) < FIRST_ROWS
+
+    def _fetch(self, size: int) -> list[Any]:
+        """The next `size` rows of the driver; those fetched with them wait for the next call."""
+        if self._exhausted:
+            return []
+        if not in_bridge():
+            return list(self._connection._call(self._raw.fetchmany, size))
+        wanted = max(size, FIRST_ROWS)
+        rows = self._connection._call(self._raw.fetchmany, wanted)
+        self._exhausted = len(rows) < wanted
+        self._rows = iter(rows)
+        return list(islice(self._rows, size))
+
+    def _other(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        result = self._connection._call(method, *args, **kwargs)
+        return self if result is self._raw else result
+
+
+class Mixin(BridgedMixin, _Base):
+    """What bridges a Django wrapper whose driver blocks.
+
+    Nothing is known of the driver, so a session has no isolation levels, read-only or lock
+    timeouts here, and a connection on which more than plain SQL ran is closed after its lease.
+    """
+
+    native_async = False
+    buffered_cursors = False
+    statement_rollback = True
+    isolation_levels = ()
+    connection_class: ClassVar[type[Connection]] = Connection
+    # Options of a session that this backend cannot keep.
+    unsupported: ClassVar[tuple[str, ...]] = (
+        "isolation",
+        "read_only",
+        "deferrable",
+        "lock_timeout",
+        "idle_timeout",
+    )
+    # Statements that change data or the transaction, never the connection.
+    harmless: ClassVar[frozenset[str]] = frozenset(
+        {"select", "insert", "update", "delete", "with", "values", "savepoint", "release"}
+        | {"rollback", "commit", "begin", "explain", "create", "alter", "drop", "truncate"}
+    )
+
+    connection: Any
+    # Seconds that each driver call may take.
+    statement_timeout: float | None = None
+    _thread: DriverThread | None = None
+    _unanswered = False
+
+    def get_new_connection(self, conn_params: dict[str, Any]) -> Any:
+        thread = self._thread = DriverThread(f"database {self.alias}")
+        connection = self.connection_class(self, thread)
+        try:
+            connection._open(partial(self.connect_driver, conn_params))
+        except BaseException:
+            connection._abandon()
+            raise
+        return connection
+
+    def connect_driver(self, conn_params: dict[str, Any]) -> Any:
+        """Connect as Django does, and return the driver's own connection; runs in the thread."""
+        return super().get_new_connection(conn_params)
+
+    def interrupt(self) -> None:
+        """Ask the driver to end the running call; called in the loop's thread, so it must not
+        wait."""
+        if self.connection is not None and hasattr(self.connection._raw, "cancel"):
+            # Drivers cancel over the network.
+            cancel = partial(_quietly, self.connection._raw.cancel)
+            threading.Thread(target=cancel, name=f"cancel {self.alias}", daemon=True).start()
+
+    def interrupt_again(self, thread: DriverThread) -> None:
+        """The abandoned connection's call still runs; called until it has ended."""
+
+    def after_call(self, error: Exception | None) -> None:
+        """Called after each driver call, with its error if there was one."""
+        # A failed statement may have failed the whole transaction; an answered one shows that not.
+        self._unanswered = error is not None
+        if error is not None:
+            self.driver_failed(error)
+
+    # Transactions
+
+    def start(self, options: TransactionOptions) -> None:
+        self.check_options(options)
+        self.statement_timeout = options.timeout
+
+    def configure_autocommit(self, options: TransactionOptions) -> None:
+        self.check_options(options)
+        self.statement_timeout = options.timeout
+
+    def check_options(self, options: TransactionOptions) -> None:
+        """Refuse what the database cannot do.
+
+        Raises:
+            ConfigurationError: such an option is given.
+        """
+        for name in self.unsupported:
+            if getattr(options, name):
+                raise ConfigurationError(
+                    f"{self.display_name} has no {name} for sessions of {self.alias!r}; "
+                    f"leave {name}={getattr(options, name)!r} out"
+                )
+
+    def _commit(self) -> None:
+        if self._unanswered and self.pooled and not self.is_usable():
+            raise TransactionManagementError(
+                f"the transaction on {self.alias!r} has failed, so it cannot be committed; "
+                "catch the error around a nested block"
+            )
+        super()._commit()
+
+    @property
+    def transaction_state(self) -> TransactionState:
+        if self.connection is None or self.connection._raw is None or self.connection._thread.ended:
+            return TransactionState.UNKNOWN
+        idle = self.autocommit and not self.in_atomic_block
+        return TransactionState.IDLE if idle else TransactionState.ACTIVE
+
+    def is_timeout(self, error: BaseException, options: TransactionOptions) -> bool:
+        return bool(getattr(error.__cause__, "timed_out", False))
+
+    # The end of a lease
+
+    def before_statement(self, sql: Any) -> None:
+        super().before_statement(sql)
+        if not self.touched and not self.is_harmless(sql):
+            self.touched = True
+
+    def is_harmless(self, sql: Any) -> bool:
+        """Whether the statement leaves nothing on the connection for its next user."""
+        return isinstance(sql, str) and (sql.split(None, 1) or [""])[0].lower() in self.harmless
+
+    def reset(self) -> None:
+        self.statement_timeout = None
+        if self.touched:
+            # There is no way to reset a driver that nothing is known of.
+            self.abandon()
+
+    def scrub(self) -> None:
+        super().scrub()
+        self._unanswered = False
+
+    def close_driver(self) -> None:
+        if self._thread is None:
+            return
+        self._thread.interrupt(self.interrupt)
+        if self.connection is not None:
+            self.connection._abandon()
+
+    def farewell(self) -> Awaitable[None] | None:
+        thread = self._thread
+        return self._thread_gone(thread) if thread is not None and thread.alive else None
+
+    async def _thread_gone(self, thread: DriverThread) -> None:
+        pause = LOOK_MIN
+        while thread.alive:
+            self.interrupt_again(thread)
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, LOOK_MAX)
