@@ -599,7 +599,7 @@ class Transaction:
     def _doom(self, wrapper: BridgedMixin, error: Error | None) -> None:
         if wrapper.in_atomic_block and not wrapper.needs_rollback:
             wrapper.needs_rollback = True
-            wrapper.rollback_exc = error  # type: ignore[assignment]
+            wrapper.rollback_exc = error
 
     async def _commit(self) -> None:
         wrapper = self._wrapper

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         """Django's private names that are used here, which its type stubs leave out."""
 
         Database: Any
+        rollback_exc: BaseException | None
 
         def _savepoint(self, sid: str) -> None: ...
         def _savepoint_commit(self, sid: str) -> None: ...
@@ -300,7 +301,7 @@ class BridgedMixin(_Wrapper):
         so that no `except` of the user's code can hide it."""
         if self.in_atomic_block and self.is_fatal(error):
             self.dead = self.needs_rollback = True
-            self.rollback_exc = error  # type: ignore[assignment]
+            self.rollback_exc = error
 
     def check_alive(self) -> None:
         """Refuse to go on in a transaction that the database has taken back.

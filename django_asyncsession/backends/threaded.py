@@ -232,6 +232,11 @@ class Connection:
         if wrapper is None:
             return fn(*args, **kwargs)
         wrapper.check_served()
+        if self._thread.ended:
+            raise wrapper.Database.InterfaceError(
+                f"the connection to {wrapper.alias!r} is closed; roll back, and run the whole "
+                "transaction again"
+            )
         if not in_bridge():
             return fn(*args, **kwargs)
         call = partial(fn, *args, **kwargs) if args or kwargs else fn
@@ -354,10 +359,12 @@ class Cursor:
         """Close the cursor; only one with rows left has something to tell the database."""
         self._rows = iter(())
         exhausted, self._exhausted = self._exhausted, True
-        if not in_bridge() or not exhausted:
-            self._connection._call(self._raw.close)
-        else:
+        if self._connection._thread.ended:
+            return
+        if exhausted and in_bridge():
             self._connection._thread.later(self._raw.close)
+        else:
+            self._connection._call(self._raw.close)
 
     def _executing(self, execute: Callable[..., Any], *args: Any) -> Any:
         self._rows, self._exhausted = iter(()), False
@@ -405,7 +412,7 @@ class Mixin(BridgedMixin, _Base):
     native_async = False
     buffered_cursors = False
     statement_rollback = True
-    isolation_levels = ()
+    isolation_levels: ClassVar[tuple[str, ...]] = ()
     connection_class: ClassVar[type[Connection]] = Connection
     # Options of a session that this backend cannot keep.
     unsupported: ClassVar[tuple[str, ...]] = (
@@ -432,8 +439,10 @@ class Mixin(BridgedMixin, _Base):
         connection = self.connection_class(self, thread)
         try:
             connection._open(partial(self.connect_driver, conn_params))
-        except BaseException:
+        except BaseException as exc:
             connection._abandon()
+            if isinstance(exc, Exception) and in_bridge():
+                await_(self._thread_gone(thread))
             raise
         return connection
 

@@ -24,7 +24,16 @@ from django_asyncsession.backends.base import TransactionOptions, TransactionSta
 from django_asyncsession.conf import settings
 
 if TYPE_CHECKING:
-    _Base = base.DatabaseWrapper
+
+    class _Base(base.DatabaseWrapper):
+        """Django's names that are used here, which its type stubs leave out."""
+
+        init_commands: list[str]
+        transaction_mode: str | None
+
+        def _start_transaction_under_autocommit(self) -> None: ...
+        def _set_autocommit(self, autocommit: bool) -> None: ...
+
 else:
     _Base = object
 
@@ -110,6 +119,7 @@ class Connection(threaded.Connection):
                     # A file that cannot be written has no writers to wait for.
                     self._raw.execute("BEGIN")
         self._prelude = ()
+        self._began = self._raw.in_transaction
 
     @contextlib.contextmanager
     def _in_line(self) -> Iterator[None]:

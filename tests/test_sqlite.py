@@ -1,0 +1,692 @@
+"""SQLite: one thread per connection, waits that can be cancelled, and nothing left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import sqlite3
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from django.db import IntegrityError, OperationalError, connections, transaction
+from django.db.transaction import TransactionManagementError
+from django.db.utils import ConnectionHandler
+from django.test import override_settings
+
+from django_asyncsession.backends.sqlite3.base import ASKING_PRAGMA, Mixin
+from django_asyncsession.exceptions import ConfigurationError, PoolTimeout, QueryTimeout
+from django_asyncsession.interface import DatabaseInterface
+from tests.faults import Elapsed, LoopProbe, cancel_at, outcome_of, watchdog
+
+ENDLESS = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c) SELECT count(*) FROM c"
+MANY = (
+    "INSERT INTO t (n) WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c "
+    "LIMIT 3000000) SELECT x FROM c"
+)
+
+
+@pytest.fixture(autouse=True)
+def frozen_loops_end() -> Iterator[None]:
+    with watchdog(20):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def no_thread_stays() -> Iterator[None]:
+    """Whatever a test does, no thread of a connection is left when its databases are closed."""
+    yield
+    assert driver_threads() == []
+
+
+def driver_threads() -> list[str]:
+    return [t.name for t in threading.enumerate() if t.name.startswith("database ")]
+
+
+def interface(name: Any, max_size: int = 10, **options: Any) -> DatabaseInterface:
+    entry = {"ENGINE": "django.db.backends.sqlite3", "NAME": name, "OPTIONS": options}
+    handler = ConnectionHandler({"default": entry})
+    options["pool"] = {"max_size": max_size, "timeout": 20}
+    return DatabaseInterface("lite", handler.settings["default"])
+
+
+@pytest.fixture
+async def path(tmp_path: Path) -> Path:
+    """A database file with the table t(id, n)."""
+    path = tmp_path / "file.sqlite3"
+    with sqlite3.connect(path) as connection:
+        connection.execute("CREATE TABLE t (id integer PRIMARY KEY, n integer UNIQUE)")
+    connection.close()
+    return path
+
+
+@pytest.fixture
+async def db(path: Path) -> AsyncIterator[DatabaseInterface]:
+    """The database of that file, with a pool of 10."""
+    db = interface(path, timeout=10)
+    yield db
+    await db.close()
+
+
+async def count(db: DatabaseInterface) -> int:
+    async with db.get_session(read_only=True) as session:
+        return int(await session.fetch_value("SELECT count(*) FROM t"))
+
+
+def assert_lock_is_free(path: Path) -> None:
+    """Another connection can write at once, so no transaction is left open."""
+    connection = sqlite3.connect(path, timeout=0, isolation_level=None)
+    try:
+        connection.execute("BEGIN IMMEDIATE")
+        connection.execute("ROLLBACK")
+    finally:
+        connection.close()
+
+
+class Locked:
+    """`with Locked(path):` another connection holds the write lock."""
+
+    def __init__(self, path: Path) -> None:
+        self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+
+    def __enter__(self) -> Locked:
+        self._connection.execute("BEGIN IMMEDIATE")
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._connection.execute("ROLLBACK")
+        self._connection.close()
+
+
+# Threads
+
+
+async def test_a_thread_per_open_connection_and_none_after_close(db: DatabaseInterface) -> None:
+    async def work() -> None:
+        async with db.get_session() as session:
+            for _ in range(5):
+                await session.fetch_value("SELECT 1")
+
+    await asyncio.gather(*(work() for _ in range(40)))
+    assert 0 < len(driver_threads()) == db.stats()["pool_size"] <= 10
+    await db.close()
+    assert driver_threads() == []
+
+
+async def test_driver_calls_run_in_one_thread_that_is_not_the_loops(db: DatabaseInterface) -> None:
+    seen: list[int] = []
+    async with db.get_session() as session:
+        connection = await session.driver_connection()
+
+        def register() -> None:
+            connection.create_function("note", 0, lambda: seen.append(threading.get_ident()))
+
+        await session.run_sync(register)
+        for _ in range(3):
+            await session.execute("SELECT note()")
+    assert len(seen) == 3 and len(set(seen)) == 1
+    assert seen[0] != threading.get_ident()
+
+
+async def test_a_dropped_connection_ends_its_thread(db: DatabaseInterface) -> None:
+    session = db.get_session()
+    await session.begin()
+    await session.execute("INSERT INTO t (n) VALUES (1)")
+    with pytest.warns(ResourceWarning):
+        del session
+        gc.collect()
+    assert await count(db) == 0
+    await db.close()
+
+
+def test_a_closed_loop_leaves_no_thread(path: Path) -> None:
+    db = interface(path)
+
+    async def work() -> None:
+        async with db.get_session() as session:
+            await session.execute("INSERT INTO t (n) VALUES (1)")
+
+    for _ in range(3):
+        with pytest.raises(IntegrityError):
+            asyncio.run(work())
+            asyncio.run(work())
+    deadline = threading.Event()
+    while driver_threads() and not deadline.wait(0.01):
+        pass
+
+
+# Many at a time
+
+
+async def test_thousand_sessions_over_ten_connections_half_writing(
+    db: DatabaseInterface, path: Path
+) -> None:
+    async def write(n: int) -> None:
+        async with db.get_session() as session:
+            await session.fetch_value("SELECT max(n) FROM t")
+            await session.execute("INSERT INTO t (n) VALUES (%s)", [n])
+
+    async def read() -> None:
+        async with db.get_session(read_only=True) as session:
+            before = await session.fetch_value("SELECT count(*) FROM t")
+            assert await session.fetch_value("SELECT count(*) FROM t") == before
+
+    async with LoopProbe() as probe:
+        await asyncio.gather(*(write(n) if n % 2 else read() for n in range(1000)))
+    assert await count(db) == 500
+    assert db.stats()["pool_size"] <= 10
+    assert probe.worst < 0.05
+
+
+async def test_writers_of_another_process_are_waited_for(db: DatabaseInterface, path: Path) -> None:
+    """Django's own connection, here in a thread, shares the file as another process would."""
+    stop = threading.Event()
+
+    def write() -> None:
+        other = sqlite3.connect(path, isolation_level=None, timeout=10)
+        n = -1
+        while not stop.is_set():
+            other.execute("BEGIN IMMEDIATE")
+            other.execute("INSERT INTO t (n) VALUES (?)", [n])
+            other.execute("COMMIT")
+            n -= 1
+        other.close()
+
+    async def ours(n: int) -> None:
+        async with db.get_session() as session:
+            await session.execute("INSERT INTO t (n) VALUES (%s)", [n])
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    try:
+        await asyncio.gather(*(ours(n) for n in range(40)))
+    finally:
+        stop.set()
+        await asyncio.to_thread(thread.join)
+    async with db.get_session() as session:
+        assert await session.fetch_value("SELECT count(*) FROM t WHERE n >= 0") == 40
+
+
+# Locks and timeouts
+
+
+async def test_waiting_for_a_lock_honours_djangos_timeout(path: Path) -> None:
+    db = interface(path, timeout=0.2)
+    with Locked(path), Elapsed() as took:
+        with pytest.raises(OperationalError, match="database is locked") as info:
+            async with db.get_session() as session:
+                await session.execute("INSERT INTO t (n) VALUES (1)")
+        assert not isinstance(info.value, QueryTimeout)
+        async with LoopProbe() as probe:
+            with pytest.raises(OperationalError, match="database is locked"):
+                async with db.get_session() as session:
+                    await session.execute("INSERT INTO t (n) VALUES (1)")
+    assert 0.35 < took.seconds < 2
+    assert probe.worst < 0.05
+    await db.close()
+
+
+async def test_waiting_ends_when_the_lock_is_free(db: DatabaseInterface, path: Path) -> None:
+    async def insert() -> None:
+        async with db.get_session() as session:
+            await session.execute("INSERT INTO t (n) VALUES (1)")
+
+    with Locked(path):
+        task = asyncio.create_task(insert())
+        await asyncio.sleep(0.1)
+        assert not task.done()
+    await task
+    assert await count(db) == 1
+
+
+@pytest.mark.parametrize("options", [{"lock_timeout": 0.1}, {"timeout": 0.1}])
+async def test_session_timeouts_end_a_wait_for_a_lock(
+    db: DatabaseInterface, path: Path, options: dict[str, float]
+) -> None:
+    with Locked(path), Elapsed() as took, pytest.raises(QueryTimeout):
+        async with db.get_session(**options) as session:
+            await session.execute("INSERT INTO t (n) VALUES (1)")
+    assert took.seconds < 1
+    async with db.get_session() as session:
+        await session.execute("INSERT INTO t (n) VALUES (1)")
+    assert await count(db) == 1
+
+
+async def test_timeout_ends_a_long_statement_and_is_gone_with_the_session(
+    db: DatabaseInterface,
+) -> None:
+    async with LoopProbe() as probe:
+        with pytest.raises(QueryTimeout):
+            async with db.get_session(timeout=0.1) as session:
+                await session.execute(ENDLESS)
+    assert probe.worst < 0.05
+    assert driver_threads() == ["database lite"]
+    async with db.get_session() as session:
+        # Longer than the timeout of before.
+        await session.execute(MANY.replace("3000000", "400000"))
+
+
+async def test_autocommit_execute_many_waits_without_repeating(
+    db: DatabaseInterface, path: Path
+) -> None:
+    async with db.get_session(autocommit=True) as session:
+        with Locked(path):
+            task = asyncio.create_task(
+                session.execute_many("INSERT INTO t (n) VALUES (%s)", [[1], [2], [3]])
+            )
+            await asyncio.sleep(0.05)
+        assert await task == 3
+    assert await count(db) == 3
+
+
+# Cancellation
+
+
+async def operation(db: DatabaseInterface, n: int) -> None:
+    async with db.get_session() as session:
+        await session.execute("INSERT INTO t (n) VALUES (%s)", [n])
+        async with session.begin_nested():
+            await session.execute("INSERT INTO t (n) VALUES (%s)", [n + 1])
+        await session.fetch_all("SELECT * FROM t")
+
+
+async def test_cancelled_anywhere_it_is_all_or_nothing(path: Path) -> None:
+    """One cancel at each suspension: both rows or none, the slot is free, so is the lock."""
+    step, done = 1, False
+    while not done:
+        db = interface(path, max_size=1)
+        before = await count(db)
+        run = cancel_at(operation(db, step * 10), {step})
+        outcome = await outcome_of(run)
+        done = run.done
+        assert outcome is None if done else isinstance(outcome, asyncio.CancelledError)
+        assert await count(db) - before in ((2,) if done else (0, 2))
+        await db.close()
+        assert_lock_is_free(path)
+        step += 1
+    assert step > 5
+
+
+async def test_cancelled_twice_it_is_still_all_or_nothing(path: Path) -> None:
+    for first in range(1, 8):
+        for second in range(first + 1, first + 5):
+            db = interface(path, max_size=1)
+            before = await count(db)
+            run = cancel_at(operation(db, (first * 100 + second) * 10), {first, second})
+            outcome = await outcome_of(run)
+            assert outcome is None or isinstance(outcome, asyncio.CancelledError)
+            assert await count(db) - before in (0, 2)
+            await db.close()
+            assert_lock_is_free(path)
+
+
+async def test_a_cancelled_wait_for_the_lock_leaves_no_transaction(
+    db: DatabaseInterface, path: Path
+) -> None:
+    async def insert() -> None:
+        async with db.get_session() as session:
+            await session.execute("INSERT INTO t (n) VALUES (1)")
+
+    with Locked(path):
+        task = asyncio.create_task(insert())
+        await asyncio.sleep(0.1)
+        with Elapsed() as took:
+            task.cancel()
+            assert isinstance(await outcome_of(task), asyncio.CancelledError)
+        assert took.seconds < 0.5
+        await db.close()
+        assert driver_threads() == []
+    assert_lock_is_free(path)
+    assert await count(db) == 0
+
+
+async def test_a_cancelled_statement_is_interrupted_and_rolled_back(
+    db: DatabaseInterface, path: Path
+) -> None:
+    async def insert() -> None:
+        async with db.get_session() as session:
+            await session.execute(MANY)
+
+    async with LoopProbe() as probe:
+        task = asyncio.create_task(insert())
+        await asyncio.sleep(0.1)
+        with Elapsed() as took:
+            task.cancel()
+            assert isinstance(await outcome_of(task), asyncio.CancelledError)
+            while driver_threads():
+                await asyncio.sleep(0.001)
+    assert took.seconds < 0.5
+    assert probe.worst < 0.05
+    assert_lock_is_free(path)
+    assert await count(db) == 0
+
+
+async def test_a_cancelled_rollback_is_not_a_commit(path: Path) -> None:
+    async def fail(db: DatabaseInterface) -> None:
+        async with db.get_session() as session:
+            session.on_commit(lambda: pytest.fail("it was rolled back"))
+            await session.execute("INSERT INTO t (n) VALUES (1)")
+            raise ValueError
+
+    for step in range(1, 12):
+        db = interface(path, max_size=1)
+        outcome = await outcome_of(cancel_at(fail(db), {step}))
+        assert isinstance(outcome, asyncio.CancelledError | ValueError)
+        assert await count(db) == 0
+        await db.close()
+
+
+async def test_close_of_a_suspended_call_ends_the_thread(db: DatabaseInterface, path: Path) -> None:
+    """A coroutine that is closed cannot await: the thread rolls back by itself."""
+    session = db.get_session()
+    await session.begin()
+    await session.execute("INSERT INTO t (n) VALUES (1)")
+    call = session.execute(ENDLESS)
+    call.send(None)
+    call.close()
+    await session.close()
+    await db.close()
+    assert driver_threads() == []
+    assert_lock_is_free(path)
+    assert await count(db) == 0
+
+
+# Transactions
+
+
+async def test_files_are_in_wal_mode_unless_told_otherwise(path: Path) -> None:
+    async def mode(**options: Any) -> Any:
+        db = interface(path, **options)
+        async with db.get_session() as session:
+            value = await session.fetch_value("PRAGMA journal_mode")
+        await db.close()
+        return value
+
+    with override_settings(ASYNC_SESSION={"SQLITE_WAL": False}):
+        assert await mode() == "delete"
+    assert await mode(init_command="PRAGMA journal_mode=TRUNCATE") == "truncate"
+    assert await mode() == "wal"
+
+
+async def test_a_writer_begins_immediate_and_readers_do_not_wait(
+    db: DatabaseInterface, path: Path
+) -> None:
+    async with db.get_session() as writer:
+        await writer.fetch_value("SELECT 1")
+        with pytest.raises(sqlite3.OperationalError, match="locked"):
+            assert_lock_is_free(path)
+        async with db.get_session(read_only=True) as one, db.get_session(read_only=True) as two:
+            assert await one.fetch_value("SELECT count(*) FROM t") == 0
+            assert await two.fetch_value("SELECT count(*) FROM t") == 0
+        async with db.get_session(autocommit=True) as three:
+            assert await three.fetch_value("SELECT count(*) FROM t") == 0
+
+
+async def test_transaction_mode_is_djangos(path: Path) -> None:
+    db = interface(path, transaction_mode="DEFERRED")
+    async with db.get_session() as session:
+        await session.fetch_value("SELECT 1")
+        assert_lock_is_free(path)
+    await db.close()
+
+
+async def test_read_only_refuses_writes_and_is_gone_with_the_session(path: Path) -> None:
+    db = interface(path, max_size=1)
+    for options in ({"read_only": True}, {"read_only": True, "autocommit": True}):
+        with pytest.raises(OperationalError, match="readonly"):
+            async with db.get_session(**options) as session:
+                await session.execute("INSERT INTO t (n) VALUES (1)")
+    async with db.get_session() as session:
+        await session.execute("INSERT INTO t (n) VALUES (1)")
+    assert await count(db) == 1
+    await db.close()
+
+
+async def test_a_file_that_cannot_be_written_can_be_read(path: Path) -> None:
+    db = interface(f"file:{path}?mode=ro")
+    async with db.get_session() as session:
+        assert await session.fetch_value("SELECT count(*) FROM t") == 0
+    with pytest.raises(OperationalError, match="readonly"):
+        async with db.get_session() as session:
+            await session.execute("INSERT INTO t (n) VALUES (1)")
+    await db.close()
+
+
+async def test_what_sqlite_rolled_back_cannot_be_committed_in_part(db: DatabaseInterface) -> None:
+    """`ON CONFLICT ROLLBACK` takes all of the transaction back; code that swallows the error
+    would otherwise have what follows saved alone."""
+
+    def swallow() -> None:
+        with connections["lite"].cursor() as cursor:
+            cursor.execute("INSERT INTO t (n) VALUES (1)")
+            with suppress(IntegrityError):
+                cursor.execute("INSERT OR ROLLBACK INTO t (n) VALUES (1)")
+            with pytest.raises(TransactionManagementError):
+                cursor.execute("INSERT INTO t (n) VALUES (2)")
+            connections["lite"].set_rollback(False)
+            with pytest.raises(TransactionManagementError):
+                cursor.execute("INSERT INTO t (n) VALUES (2)")
+
+    with pytest.raises(TransactionManagementError):
+        async with db.get_session() as session:
+            await session.run_sync(swallow)
+    assert await count(db) == 0
+
+
+async def test_a_nested_block_cannot_outlive_what_sqlite_rolled_back(
+    db: DatabaseInterface,
+) -> None:
+    def swallow() -> None:
+        with connections["lite"].cursor() as cursor:
+            cursor.execute("INSERT INTO t (n) VALUES (1)")
+            try:
+                with transaction.atomic("lite"):
+                    cursor.execute("INSERT OR ROLLBACK INTO t (n) VALUES (1)")
+            except IntegrityError:
+                pass
+            cursor.execute("INSERT INTO t (n) VALUES (2)")
+
+    with pytest.raises(TransactionManagementError):
+        async with db.get_session() as session:
+            await session.run_sync(swallow)
+    assert await count(db) == 0
+
+
+async def test_a_failed_statement_in_a_nested_block_fails_the_block_only(
+    db: DatabaseInterface,
+) -> None:
+    async with db.get_session() as session:
+        await session.execute("INSERT INTO t (n) VALUES (1)")
+        with pytest.raises(IntegrityError):
+            async with session.begin_nested():
+                await session.execute("INSERT INTO t (n) VALUES (1)")
+        await session.execute("INSERT INTO t (n) VALUES (2)")
+    assert await count(db) == 2
+
+
+@pytest.mark.parametrize("statement", ["COMMIT", "ROLLBACK"])
+async def test_sql_that_ends_the_transaction_is_noticed(
+    db: DatabaseInterface, statement: str
+) -> None:
+    with pytest.raises(TransactionManagementError, match="SQL"):
+        async with db.get_session() as session:
+            await session.execute(statement)
+    with pytest.raises(TransactionManagementError, match="SQL"):
+        async with db.get_session() as session:
+            await session.execute(statement)
+            await session.execute("INSERT INTO t (n) VALUES (1)")
+    assert await count(db) == 0
+
+
+async def test_options_that_sqlite_has_not_are_refused(db: DatabaseInterface) -> None:
+    for options in ({"deferrable": True}, {"idle_timeout": 1.0}):
+        with pytest.raises(ConfigurationError, match=next(iter(options))):
+            async with db.get_session(**options) as session:
+                await session.fetch_value("SELECT 1")
+    async with db.get_session(isolation="read committed") as session:
+        assert await session.fetch_value("SELECT 1") == 1
+
+
+# What a session leaves behind
+
+
+LEFTOVERS = {
+    "foreign keys": ("PRAGMA foreign_keys = OFF", "PRAGMA foreign_keys", 1),
+    "case": ("PRAGMA case_sensitive_like = ON", "SELECT 'A' LIKE 'a'", 1),
+    "attached": ("ATTACH ':memory:' AS other", "SELECT count(*) FROM pragma_database_list", 1),
+    "temporary": ("CREATE TEMP TABLE x (y)", "SELECT count(*) FROM sqlite_temp_master", 0),
+    "busy": ("PRAGMA busy_timeout = 7", "PRAGMA busy_timeout", 0),
+    "pragma": ("/* x */ pragma main.cache_size(7)", "SELECT 1", 1),
+}
+
+
+@pytest.mark.parametrize("change, ask, expected", LEFTOVERS.values(), ids=LEFTOVERS)
+async def test_the_next_session_sees_defaults(
+    path: Path, change: str, ask: str, expected: Any
+) -> None:
+    db = interface(path, max_size=1)
+    async with db.get_session(autocommit=True) as session:
+        await session.execute(change)
+    async with db.get_session() as session:
+        assert await session.fetch_value(ask) == expected
+    assert db.stats()["connections_num"] == 2
+    await db.close()
+
+
+async def test_a_function_of_one_session_is_not_the_nexts(path: Path) -> None:
+    db = interface(path, max_size=1)
+    async with db.get_session() as session:
+        connection = await session.driver_connection()
+        await session.run_sync(connection.create_function, "seven", 0, lambda: 7)
+        assert await session.fetch_value("SELECT seven()") == 7
+    with pytest.raises(OperationalError, match="no such function"):
+        async with db.get_session() as session:
+            await session.fetch_value("SELECT seven()")
+    await db.close()
+
+
+@pytest.mark.parametrize(
+    "sql, asks",
+    [
+        ("PRAGMA foreign_keys", True),
+        ("pragma table_info('t')", True),
+        ("PRAGMA main.foreign_key_list(t);", True),
+        ("PRAGMA foreign_keys = 0", False),
+        ("PRAGMA foreign_keys(0)", False),
+    ],
+)
+def test_pragmas_that_only_ask(sql: str, asks: bool) -> None:
+    assert bool(ASKING_PRAGMA.match(sql)) is asks
+
+
+async def test_plain_sessions_keep_their_connection(path: Path) -> None:
+    db = interface(path, max_size=1)
+    for n in range(3):
+        async with db.get_session() as session:
+            await session.execute("INSERT INTO t (n) VALUES (%s)", [n])
+            await session.fetch_all("PRAGMA table_info(t)")
+    assert db.stats()["connections_num"] == 1
+    await db.close()
+
+
+# Connecting
+
+
+async def test_connections_are_set_up_as_by_django(path: Path) -> None:
+    db = interface(path, init_command="PRAGMA synchronous=OFF; PRAGMA cache_size=77")
+    async with db.get_session() as session:
+        assert await session.fetch_value("PRAGMA foreign_keys") == 1
+        assert await session.fetch_value("PRAGMA synchronous") == 0
+        assert await session.fetch_value("PRAGMA cache_size") == 77
+        assert await session.fetch_value("SELECT MD5('x')") == "9dd4e461268c8034f5c8564e155c67a6"
+        assert await session.fetch_value("SELECT 'abc' REGEXP 'b'") == 1
+    await db.close()
+
+
+async def test_a_database_in_memory_is_shared_by_all_sessions(tmp_path: Path) -> None:
+    db = interface(":memory:", timeout=2)
+    async with db.get_session() as session:
+        await session.execute("DROP TABLE IF EXISTS t")
+        await session.execute("CREATE TABLE t (id integer PRIMARY KEY, n integer UNIQUE)")
+
+    async def write(n: int) -> None:
+        async with db.get_session() as session:
+            await session.execute("INSERT INTO t (n) VALUES (%s)", [n])
+
+    await asyncio.gather(*(write(n) for n in range(50)))
+    assert await count(db) == 50
+    await db.close()
+    assert await count(db) == 50
+    await db.close()
+
+
+async def test_in_memory_a_reader_waits_for_the_writer_of_its_table() -> None:
+    db = interface(":memory:", timeout=5)
+    async with db.get_session() as session:
+        await session.execute("DROP TABLE IF EXISTS t")
+        await session.execute("CREATE TABLE t (id integer PRIMARY KEY, n integer UNIQUE)")
+    async with db.get_session() as session:
+        await session.execute("INSERT INTO t (n) VALUES (1)")
+        reader = asyncio.create_task(count(db))
+        await asyncio.sleep(0.05)
+        assert not reader.done()
+    assert await reader == 1
+    with pytest.raises(QueryTimeout):
+        async with db.get_session() as session, db.get_session(lock_timeout=0.1) as other:
+            await session.execute("INSERT INTO t (n) VALUES (2)")
+            await other.fetch_value("SELECT count(*) FROM t")
+    await db.close()
+
+
+async def test_a_file_that_cannot_be_opened_says_so_at_once(tmp_path: Path) -> None:
+    db = interface(tmp_path / "missing" / "file.sqlite3")
+    with Elapsed() as took, pytest.raises(OperationalError, match="unable to open") as info:
+        async with db.get_session() as session:
+            await session.fetch_value("SELECT 1")
+    assert took.seconds < 1
+    assert not isinstance(info.value, PoolTimeout)
+    await db.close()
+
+
+def test_as_an_engine_it_is_djangos_own_in_sync_code(path: Path) -> None:
+    entry = {"ENGINE": "django_asyncsession.backends.sqlite3", "NAME": path}
+    connection = ConnectionHandler({"default": entry})["default"]
+    assert isinstance(connection, Mixin)
+    with connection.cursor() as cursor:
+        cursor.execute("INSERT INTO t (n) VALUES (%s), (%s)", [1, 2])
+        assert cursor.rowcount == 2
+        cursor.execute("SELECT n FROM t ORDER BY n")
+        assert cursor.fetchone() == (1,)
+        assert cursor.fetchall() == [(2,)]
+        assert cursor.execute("PRAGMA journal_mode").fetchone() == ("delete",)
+        assert cursor.execute("SELECT 1 UNION SELECT 2").fetchmany(1) == [(1,)]
+    connection.close()
+
+
+# Rows
+
+
+async def test_rows_beyond_the_first_come_as_asked(db: DatabaseInterface) -> None:
+    async with db.get_session() as session:
+        await session.execute_many("INSERT INTO t (n) VALUES (%s)", [[n] for n in range(3500)])
+        async with await session.cursor("SELECT n FROM t ORDER BY n") as cursor:
+            assert (await cursor.fetch_row()) == (0,)
+            assert [r[0] for r in await cursor.fetch_many(1500)] == list(range(1, 1501))
+            assert [r[0] for r in await cursor.flatten()] == list(range(1501, 3500))
+        rows = [row[0] async for row in session.stream("SELECT n FROM t ORDER BY n")]
+        assert rows == list(range(3500))
+
+
+async def test_a_result_left_half_read_blocks_nobody(db: DatabaseInterface, path: Path) -> None:
+    async with db.get_session() as session:
+        await session.execute_many("INSERT INTO t (n) VALUES (%s)", [[n] for n in range(3500)])
+    async with db.get_session() as session:
+        cursor = await session.cursor("SELECT n FROM t")
+        await cursor.fetch_row()
+        del cursor
+        await session.execute("DELETE FROM t")
+    assert_lock_is_free(path)
+    assert await count(db) == 0
