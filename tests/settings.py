@@ -31,12 +31,6 @@ if _mysql := servers.mysql():
     pymysql.version_info = (2, 2, 7, "final", 0)
     pymysql.install_as_MySQLdb()
     DATABASES["mysql"] = _mysql
-    try:
-        import MySQLdb  # noqa: F401
-    except ImportError:
-        import pymysql
-
-        pymysql.install_as_MySQLdb()
 for _entry in DATABASES.values():
     _entry["TEST"]["DEPENDENCIES"] = []  # type: ignore[index]
 

@@ -53,8 +53,21 @@ def shop(alias: str, empty_tables: None) -> Iterator[str]:
         ROOT_URLCONF="testproject.urls",
         MIDDLEWARE=shop_settings.MIDDLEWARE,
         ASYNC_SESSION={"ALIAS": alias},
+        DATABASE_ROUTERS=[OneDatabase(alias)],
     ):
         yield alias
+
+
+class OneDatabase:
+    """A router that sends everything to one database, as if the project had no other."""
+
+    def __init__(self, alias: str) -> None:
+        self._alias = alias
+
+    def db_for_read(self, *args: Any, **hints: Any) -> str:
+        return self._alias
+
+    db_for_write = db_for_read
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from django.urls import reverse
 from django.views import View
 from django.views.decorators.http import require_GET, require_POST
 
-from django_asyncsession import Session, databases, inject_session
+from django_asyncsession import Session, inject_session
 from testproject.shop import services
 from testproject.shop.errors import InvalidFields
 from testproject.shop.forms import BookForm, CustomerForm, LineForm, TransferForm
@@ -125,8 +125,10 @@ async def broken_order(request: HttpRequest) -> JsonResponse:
 async def summary(request: HttpRequest) -> JsonResponse:
     """Numbers of the shop, counted by two sessions at the same time."""
 
+    db = request.db_session.bind  # type: ignore[attr-defined]
+
     async def value(sql: str) -> Any:
-        async with databases["default"].get_session(read_only=True) as session:
+        async with db.get_session(read_only=True) as session:
             return await session.fetch_value(sql)
 
     books, orders = await asyncio.gather(
