@@ -40,7 +40,8 @@ BACKOFF_MIN, BACKOFF_MAX = 0.1, 2.0
 # A connection lives between 90 and 100 % of max_lifetime, so that those opened together do not
 # expire together.
 LIFETIME_SPREAD = 0.1
-_PACKAGE = str(Path(__file__).parent)
+# Frames that say nothing of who asked: this package's own, and those of `async with`.
+_OURS = (str(Path(__file__).parent), contextlib.__file__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -607,7 +608,7 @@ def _again(error: BaseException) -> BaseException:
 def creation_site() -> str:
     """File, line and function of the nearest caller outside this package."""
     frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_OURS):
         frame = frame.f_back
     return f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
 

@@ -228,10 +228,17 @@ class BaseResultSet(AsyncIterator[Row]):
                 if self._buffered:
                     self._cursor.close()
                 else:
-                    await self._run(self._cursor.close)
+                    await self._close_cursor()
         finally:
             if self._release is not None:
                 await self._release()
+
+    async def _close_cursor(self) -> None:
+        try:
+            await self._run(self._cursor.close)
+        except SessionClosedError:
+            # The session is being closed at this moment, which ends the cursor on the server.
+            self._cursor.db.forget_cursor(self._cursor)
 
     async def _call(self, method: str, *args: Any) -> Any:
         if self._closed:

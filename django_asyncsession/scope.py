@@ -31,7 +31,9 @@ class RequestScope:
     def __init__(self, session: Session) -> None:
         self.session = session
         self._failed = False
-        self._body: StreamedBody | None = None
+        # Not the body itself: it must end when the response lets go of it, without the garbage
+        # collector.
+        self._handed_over = False
 
     async def __aenter__(self) -> Self:
         return self
@@ -44,7 +46,7 @@ class RequestScope:
     ) -> None:
         if exc is not None:
             self.fail()
-        if self._body is None or self._failed:
+        if not self._handed_over or self._failed:
             await self.finish()
 
     def fail(self) -> None:
@@ -75,8 +77,8 @@ class RequestScope:
             The same response.
         """
         if getattr(response, "streaming", False) and response.is_async and not self._failed:
-            self._body = StreamedBody(response._iterator, self)
-            response.streaming_content = self._body
+            response.streaming_content = StreamedBody(response._iterator, self)
+            self._handed_over = True
         return response
 
 

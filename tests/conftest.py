@@ -74,6 +74,7 @@ def empty_tables() -> Iterator[None]:
         if connection.vendor == "postgresql":
             names = ", ".join(f'"{t}"' for t in tables(using) if t not in _KEPT)
             with connection.cursor() as cursor:
+                cursor.execute("SET lock_timeout = '10s'")
                 cursor.execute(f"TRUNCATE {names} RESTART IDENTITY CASCADE")
         else:
             with connection.constraint_checks_disabled(), connection.cursor() as cursor:

@@ -350,6 +350,9 @@ class BridgedMixin(_Wrapper):
             cursor.lease = self.lease
         return cursor
 
+    def forget_cursor(self, cursor: Any) -> None:
+        """Let go of a cursor that ends on the server with its transaction, without telling the server."""
+
     # The end of a lease
 
     def reset(self) -> None:

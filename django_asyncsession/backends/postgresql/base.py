@@ -181,6 +181,10 @@ class Mixin(BridgedMixin, _Base):
     multiple_statements = True
     connection: Any
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._named_cursors: weakref.WeakSet[Any] = weakref.WeakSet()
+
     def get_new_connection(self, conn_params: dict[str, Any]) -> Any:
         connection = super().get_new_connection(conn_params)
         if self.pooled:
@@ -242,6 +246,25 @@ class Mixin(BridgedMixin, _Base):
             for part in ("authentication failed", "does not exist", "no pg_hba.conf", "no password")
         )
 
+    def create_cursor(self, name: str | None = None) -> Any:
+        cursor = super().create_cursor(name)
+        if name and self.pooled:
+            self._named_cursors.add(cursor)
+        return cursor
+
+    def forget_cursor(self, cursor: Any) -> None:
+        # psycopg would warn of it when it is collected.
+        cursor.cursor._closed = True
+
+    def _forget_cursors(self) -> None:
+        for cursor in self._named_cursors:
+            cursor._closed = True
+        self._named_cursors.clear()
+
+    def scrub(self) -> None:
+        super().scrub()
+        self._forget_cursors()
+
     def before_statement(self, sql: Any) -> None:
         if not self.touched and changes_session(sql):
             self.touched = True
@@ -260,6 +283,7 @@ class Mixin(BridgedMixin, _Base):
         self.touched = False
 
     def close_driver(self) -> None:
+        self._forget_cursors()
         if self.connection is not None:
             self.connection.abandon()
 
