@@ -351,7 +351,7 @@ class BridgedMixin(_Wrapper):
         return cursor
 
     def forget_cursor(self, cursor: Any) -> None:
-        """Let go of a cursor that ends on the server with its transaction, without telling the server."""
+        """Let go of a cursor that ends on the server with its transaction, telling no one."""
 
     # The end of a lease
 
