@@ -12,7 +12,8 @@ class AsyncSessionConfig(AppConfig):
     verbose_name = "Async sessions"
 
     def ready(self) -> None:
-        """Answer Django's guards."""
+        """Answer Django's guards, and register the system checks."""
+        from . import checks  # noqa: F401
         from .bridge import answer_async_guards
 
         answer_async_guards()

@@ -1,0 +1,350 @@
+"""System checks: what in a project's settings cannot work, or would hurt later."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import metadata
+from typing import Any
+
+from asgiref.sync import async_to_sync
+from django.conf import settings as django_settings
+from django.core.checks import CheckMessage, Error, Tags, Warning, register
+from django.core.exceptions import ImproperlyConfigured
+from django.db import DatabaseError, connections
+from django.utils.module_loading import import_string
+
+from .backends.base import bridged_class
+from .conf import DEFAULTS
+from .conf import settings as own_settings
+
+MIDDLEWARE = "django_asyncsession.middleware.AsyncSessionMiddleware"
+# Django's own middleware that reads the database, so must find the session begun.
+DATABASE_MIDDLEWARE = {
+    "django.contrib.sessions.middleware.SessionMiddleware",
+    "django.contrib.auth.middleware.AuthenticationMiddleware",
+    "django.contrib.auth.middleware.LoginRequiredMiddleware",
+    "django.contrib.flatpages.middleware.FlatpageFallbackMiddleware",
+    "django.contrib.redirects.middleware.RedirectFallbackMiddleware",
+    "django.contrib.sites.middleware.CurrentSiteMiddleware",
+}
+# The oldest versions that work, by distribution; those of drivers count only for their engine.
+MINIMUM = {"greenlet": (3, 5, 4), "asgiref": (3, 8, 1)}
+DRIVERS = {
+    "postgresql": {"psycopg": (3, 3, 9)},
+    "mysql": {"asyncmy": (0, 2, 18)},
+    "sqlite": {},
+}
+LOCAL_HOSTS = ("", "localhost", "127.0.0.1", "::1")
+
+
+def _id(name: str) -> str:
+    return f"django_asyncsession.{name}"
+
+
+def _alias() -> str:
+    return str(own_settings.ALIAS)
+
+
+def _database() -> Mapping[str, Any]:
+    """The settings of the alias that the middleware manages; empty when there is none."""
+    found: Mapping[str, Any] = connections.settings.get(_alias(), {})
+    return found
+
+
+def _uses_middleware() -> bool:
+    return MIDDLEWARE in django_settings.MIDDLEWARE
+
+
+@register(Tags.database)
+def check_atomic_requests(**kwargs: Any) -> list[CheckMessage]:
+    """E001: Django's ATOMIC_REQUESTS refuses async views."""
+    if not _uses_middleware() or not _database().get("ATOMIC_REQUESTS"):
+        return []
+    return [
+        Error(
+            f"ATOMIC_REQUESTS is on for {_alias()!r}, so Django refuses every async view.",
+            hint='Turn it off; ASYNC_SESSION["ATOMIC_REQUESTS"] gives each request a transaction.',
+            id=_id("E001"),
+        )
+    ]
+
+
+@register(Tags.compatibility)
+def check_versions(**kwargs: Any) -> list[CheckMessage]:
+    """E002: an engine that cannot be bridged, or a package that is missing or too old."""
+    wanted = dict(MINIMUM)
+    problems = []
+    if _database():
+        try:
+            wanted |= DRIVERS.get(bridged_class(_database()["ENGINE"]).vendor, {})
+        except ImproperlyConfigured as exc:
+            problems.append(f"The engine of {_alias()!r} cannot be used: {exc}")
+    for name, minimum in wanted.items():
+        found = _version(name)
+        if found is None or found < minimum:
+            have = "not installed" if found is None else f"version {_dotted(found)}"
+            problems.append(f"{name} is {have}; {_dotted(minimum)} or newer is needed.")
+    hint = "Install the package with the extra of your database: postgresql, mysql."
+    return [Error(problem, hint=hint, id=_id("E002")) for problem in problems]
+
+
+def _version(name: str) -> tuple[int, ...] | None:
+    try:
+        text = metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+    return tuple(int(part) for part in text.split(".")[:3] if part.isdigit())
+
+
+def _dotted(version: Sequence[int]) -> str:
+    return ".".join(map(str, version))
+
+
+@register(Tags.compatibility)
+def check_listed_once(**kwargs: Any) -> list[CheckMessage]:
+    """E003: the middleware is in MIDDLEWARE twice."""
+    times = list(django_settings.MIDDLEWARE).count(MIDDLEWARE)
+    if times < 2:
+        return []
+    return [
+        Error(
+            f"{MIDDLEWARE} is in MIDDLEWARE {times} times, so each request has {times} sessions.",
+            hint="Keep the first.",
+            id=_id("E003"),
+        )
+    ]
+
+
+@register(Tags.compatibility)
+def check_settings(**kwargs: Any) -> list[CheckMessage]:
+    """E004: keys of ASYNC_SESSION that do not exist, and pool options that cannot work."""
+    given: Mapping[str, Any] = getattr(django_settings, "ASYNC_SESSION", {})
+    problems = [
+        f"ASYNC_SESSION has no key {key!r}; it has {sorted(DEFAULTS)}."
+        for key in given
+        if key not in DEFAULTS
+    ]
+    if _alias() not in connections.settings:
+        problems.append(f'ASYNC_SESSION["ALIAS"] is {_alias()!r}, which DATABASES does not have.')
+    problems += _pool_problems(given.get("POOLS", {}))
+    return [Error(problem, id=_id("E004")) for problem in problems]
+
+
+def _pool_problems(pools: Mapping[str, Any]) -> Iterable[str]:
+    from .interface import databases
+
+    for alias in pools:
+        if alias not in connections.settings:
+            yield f'ASYNC_SESSION["POOLS"] names {alias!r}, which DATABASES does not have.'
+    for interface in databases.all():
+        try:
+            interface.stats()
+        except (ImproperlyConfigured, TypeError) as exc:
+            yield f"The pool of {interface.alias!r} cannot be made: {exc}."
+
+
+@register(Tags.compatibility)
+def check_order(**kwargs: Any) -> list[CheckMessage]:
+    """W101: the middleware stands inside others that use the database."""
+    middleware = list(django_settings.MIDDLEWARE)
+    if not _uses_middleware():
+        return []
+    before = [m for m in middleware[: middleware.index(MIDDLEWARE)] if m in DATABASE_MIDDLEWARE]
+    if not before:
+        return []
+    return [
+        Warning(
+            f"{MIDDLEWARE} comes after {', '.join(before)}, whose work is outside its transaction.",
+            hint="Put it first in MIDDLEWARE.",
+            id=_id("W101"),
+        )
+    ]
+
+
+@register(Tags.compatibility)
+def check_sync_middleware(**kwargs: Any) -> list[CheckMessage]:
+    """W111: middleware inside ours that is sync only costs a thread for each request."""
+    middleware = list(django_settings.MIDDLEWARE)
+    if not _uses_middleware():
+        return []
+    inside = middleware[middleware.index(MIDDLEWARE) + 1 :]
+    slow = [name for name in inside if not getattr(import_string(name), "async_capable", False)]
+    return [
+        Warning(
+            f"{name} is sync only, so each request goes through a thread on its way to the view.",
+            hint="Make it async_capable.",
+            id=_id("W111"),
+        )
+        for name in slow
+    ]
+
+
+@register(Tags.database)
+def check_persistent_connections(**kwargs: Any) -> list[CheckMessage]:
+    """W102: Django keeps connections of its own open beside the pool."""
+    if not _uses_middleware() or _database().get("CONN_MAX_AGE") == 0:
+        return []
+    return [
+        Warning(
+            f"CONN_MAX_AGE of {_alias()!r} is {_database().get('CONN_MAX_AGE')!r}, so every thread "
+            "keeps a connection of its own open beside the pool.",
+            hint="Set it to 0; the pool keeps its connections open anyway.",
+            id=_id("W102"),
+        )
+    ]
+
+
+@register(Tags.database)
+def check_server_connections(databases: Sequence[str] | None = None, **kwargs: Any) -> list[Any]:
+    """W103: the pools of all workers together want more connections than the server has."""
+    database = _database()
+    if _alias() not in (databases or ()) or not database:
+        return []
+    from .interface import databases as interfaces
+
+    wanted = interfaces[_alias()].stats()["pool_max"] * int(os.environ.get("WEB_CONCURRENCY", 1))
+    available = _server_connections(interfaces[_alias()])
+    if available is None or wanted <= available:
+        return []
+    return [
+        Warning(
+            f"The pools of {_alias()!r} may open {wanted} connections, the server has {available}.",
+            hint="Lower max_size or WEB_CONCURRENCY, or raise the server's max_connections.",
+            id=_id("W103"),
+        )
+    ]
+
+
+# How to ask each server how many connections it allows.
+MAX_CONNECTIONS = {
+    "postgresql": "SELECT current_setting('max_connections')::int"
+    " - current_setting('superuser_reserved_connections')::int",
+    "mysql": "SELECT @@max_connections",
+}
+
+
+def _server_connections(interface: Any) -> int | None:
+    sql = MAX_CONNECTIONS.get(interface.vendor)
+    if sql is None:
+        return None
+
+    @async_to_sync
+    async def ask() -> int:
+        async with interface.get_session(autocommit=True) as session:
+            return int(await session.fetch_value(sql))
+
+    try:
+        return ask()
+    except DatabaseError:
+        return None
+
+
+@register(Tags.database)
+def check_pooler(**kwargs: Any) -> list[CheckMessage]:
+    """W104: behind a transaction pooler, prepared statements and named cursors break."""
+    database = _database()
+    if database.get("PORT") not in (6432, "6432"):
+        return []
+    options = database["OPTIONS"]
+    if options.get("prepare_threshold") is None and database.get("DISABLE_SERVER_SIDE_CURSORS"):
+        return []
+    return [
+        Warning(
+            f"{_alias()!r} is on port 6432, PgBouncer's, where prepared statements and server-side "
+            "cursors outside a transaction do not work.",
+            hint="Remove prepare_threshold from OPTIONS and set DISABLE_SERVER_SIDE_CURSORS.",
+            id=_id("W104"),
+        )
+    ]
+
+
+@register(Tags.database, deploy=True)
+def check_timeouts(**kwargs: Any) -> list[CheckMessage]:
+    """W105: nothing ends a statement, or an idle transaction, that takes for ever."""
+    database = _database()
+    if not database or bridged_class(database["ENGINE"]).vendor != "postgresql":
+        return []
+    given = str(database["OPTIONS"].get("options", ""))
+    missing = [
+        name
+        for name in ("statement_timeout", "idle_in_transaction_session_timeout")
+        if name not in given
+    ]
+    if not missing:
+        return []
+    return [
+        Warning(
+            f"{_alias()!r} has no {' and no '.join(missing)}.",
+            hint='OPTIONS = {"options": "-c statement_timeout=30s '
+            '-c idle_in_transaction_session_timeout=60s"}, or set them for the role.',
+            id=_id("W105"),
+        )
+    ]
+
+
+@register(Tags.security, deploy=True)
+def check_encryption(**kwargs: Any) -> list[CheckMessage]:
+    """W106: the connection to another host is not encrypted, or the server not verified."""
+    database = _database()
+    host = str(database.get("HOST", ""))
+    if not database or host in LOCAL_HOSTS or host.startswith("/"):
+        return []
+    vendor, options = bridged_class(database["ENGINE"]).vendor, database["OPTIONS"]
+    if vendor == "postgresql" and options.get("sslmode") != "verify-full":
+        problem, hint = "sslmode is weaker than verify-full", 'OPTIONS = {"sslmode": "verify-full"}'
+    elif vendor == "mysql" and not options.get("ssl"):
+        problem, hint = "ssl is not set", 'OPTIONS = {"ssl": {"ca": "ca.pem"}}'
+    else:
+        return []
+    message = f"{_alias()!r} is on another host, and {problem}."
+    return [Warning(message, hint=hint, id=_id("W106"))]
+
+
+@register(Tags.security, deploy=True)
+def check_debug(**kwargs: Any) -> list[CheckMessage]:
+    """W107: DEBUG keeps every statement in memory and shows SQL on error pages."""
+    if not django_settings.DEBUG or not _uses_middleware():
+        return []
+    return [
+        Warning(
+            "DEBUG is on, so every connection of the pool keeps the SQL of its session in memory.",
+            hint="Set DEBUG = False.",
+            id=_id("W107"),
+        )
+    ]
+
+
+@register(Tags.compatibility)
+def check_asgi(**kwargs: Any) -> list[CheckMessage]:
+    """W108: only WSGI is set up, where no session can be used; or sessions on a private
+    database."""
+    if not _uses_middleware():
+        return []
+    if getattr(django_settings, "ASGI_APPLICATION", None) or not getattr(
+        django_settings, "WSGI_APPLICATION", None
+    ):
+        return []
+    return [
+        Warning(
+            "The project has a WSGI_APPLICATION and no ASGI_APPLICATION; under WSGI the request's "
+            "session cannot be used.",
+            hint="Set ASGI_APPLICATION and serve it with uvicorn, hypercorn or daphne.",
+            id=_id("W108"),
+        )
+    ]
+
+
+@register(Tags.database)
+def check_mysql_engine(**kwargs: Any) -> list[CheckMessage]:
+    """W109: tables of a MySQL engine without transactions cannot be rolled back."""
+    database = _database()
+    if not database or "default_storage_engine=myisam" not in str(database["OPTIONS"]).lower():
+        return []
+    return [
+        Warning(
+            f"New tables of {_alias()!r} are MyISAM, which has no transactions.",
+            hint="Use InnoDB.",
+            id=_id("W109"),
+        )
+    ]
