@@ -13,22 +13,39 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .columns import Column as Column
+    from .columns import Condition as Condition
     from .decorators import inject_session as inject_session
     from .exceptions import *  # noqa: F403
     from .interface import DatabaseInterface as DatabaseInterface
     from .interface import databases as databases
+    from .queries import DeleteQuery as DeleteQuery
+    from .queries import InsertQuery as InsertQuery
+    from .queries import SelectQuery as SelectQuery
+    from .queries import UpdateQuery as UpdateQuery
+    from .queries import UpsertQuery as UpsertQuery
     from .results import BaseResultSet as BaseResultSet
     from .results import Row as Row
+    from .rows import get_pk as get_pk
+    from .rows import to_dict as to_dict
     from .session import Session as Session
+    from .tables import RowTable as RowTable
+    from .tables import table as table
     from .transaction import Outcome as Outcome
     from .transaction import State as State
     from .transaction import Transaction as Transaction
+    from .writes import excluded as excluded
 
 _MODULES = {
     "decorators": ("inject_session",),
     "interface": ("DatabaseInterface", "databases"),
     "session": ("Session",),
     "transaction": ("Outcome", "State", "Transaction"),
+    "tables": ("RowTable", "table"),
+    "columns": ("Column", "Condition"),
+    "queries": ("DeleteQuery", "InsertQuery", "SelectQuery", "UpdateQuery", "UpsertQuery"),
+    "writes": ("excluded",),
+    "rows": ("get_pk", "to_dict"),
     "results": ("BaseResultSet", "Row"),
     "exceptions": (
         "AliasNotInSession",

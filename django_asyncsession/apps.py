@@ -15,5 +15,6 @@ class AsyncSessionConfig(AppConfig):
         """Answer Django's guards, and register the system checks."""
         from . import checks  # noqa: F401
         from .bridge import answer_async_guards
+        from .rows import blocked_access
 
-        answer_async_guards()
+        answer_async_guards(blocked_access)

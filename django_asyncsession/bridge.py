@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import inspect
 import logging
+import os
 import threading
 from collections.abc import Awaitable, Callable
 from typing import Any, ParamSpec, TypeVar, cast
@@ -132,15 +133,28 @@ def get_running_loop() -> asyncio.AbstractEventLoop:
 
     Raises:
         RuntimeError: in the bridge, or when there is no running event loop.
+        Exception: what `explain` of `answer_async_guards` knows better.
     """
     if in_bridge():
         raise RuntimeError("no running event loop")
-    return asyncio.get_running_loop()
+    loop = asyncio.get_running_loop()
+    if "DJANGO_ALLOW_ASYNC_UNSAFE" not in os.environ and (error := _explain()) is not None:
+        raise error
+    return loop
 
 
-def answer_async_guards() -> None:
+_explain: Callable[[], Exception | None] = lambda: None  # noqa: E731
+
+
+def answer_async_guards(explain: Callable[[], Exception | None]) -> None:
     """Let Django's `@async_unsafe` ask `get_running_loop` above: the one name of Django's that is
-    replaced."""
+    replaced.
+
+    Args:
+        explain: asked for a better error, when the guard is about to refuse a call.
+    """
+    global _explain
+    _explain = explain
     import django.utils.asyncio
 
     django.utils.asyncio.get_running_loop = get_running_loop  # type: ignore[attr-defined]

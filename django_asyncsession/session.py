@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Iterable,
+    Sequence,
+)
 from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Any, ParamSpec, Self, TypeVar
 
 import sqlparse
-from django.db.models import Model, QuerySet
+from django.db.models import Model
 
+from . import rows
 from .blocks import Block
 from .exceptions import SessionClosedError, SessionStateError
 from .pool import creation_site
+from .queries import DeleteQuery, InsertQuery, Related, SelectQuery, UpdateQuery
 from .results import BaseResultSet, Row
 from .statements import check_one_statement
+from .tables import RowTable, model_of
 from .transaction import Params, Source, State, Transaction, describe
 
 P = ParamSpec("P")
@@ -503,31 +514,64 @@ class Session:
     # Rows
 
     async def add(self, row: M) -> M:
-        """INSERT a new row, UPDATE a loaded one, through the model's own `save()`.
+        """INSERT a new row, UPDATE the changed columns of a loaded one, through the model's own
+        `save()`; a loaded row that has not changed is left alone.
 
         Returns:
-            The same row, with its primary key and database defaults filled in.
+            The same row, with its primary key and what the database computed filled in.
 
         Raises:
+            RowNotFound: the loaded row is not in the database any more.
             Django's database errors.
         """
-        await self.run_sync(row.save, using=self.alias)
+        await self.run_sync(rows.add, row, self.alias)
         return row
 
-    async def add_all(self, rows: Iterable[M]) -> list[M]:
+    async def add_all(self, given: Iterable[M]) -> list[M]:
         """`add` each row, in one turn, all or none.
 
         Raises:
             As `add`.
         """
-        given = list(rows)
+        every = list(given)
+        await self.run_sync(rows.add_all, every, self.alias)
+        return every
 
-        def save_all() -> list[M]:
-            for row in given:
-                row.save(using=self.alias)
-            return given
+    async def insert_now(self, row: M) -> M:
+        """INSERT the row, whether or not it was loaded.
 
-        return await self.run_sync(save_all)
+        Raises:
+            Django's database errors.
+        """
+        await self.run_sync(rows.insert, row, self.alias)
+        return row
+
+    async def update_now(self, row: M) -> M:
+        """UPDATE the changed columns of a loaded row, or the fields that were set of another.
+
+        Raises:
+            As `merge`.
+        """
+        return await self.merge(row)
+
+    async def delete_now(self, row: Model) -> int:
+        """`remove`, under asyncqlio's name."""
+        return await self.remove(row)
+
+    async def merge(self, row: M, fields: Collection[Any] | None = None) -> M:
+        """UPDATE, by primary key, a row that was not loaded.
+
+        Args:
+            row: made by a row table, whose set fields are written; or any row, with `fields`.
+            fields: columns or names to write.
+
+        Raises:
+            RowNotFound: there is no row with this primary key.
+            TypeError: which fields were set is not known.
+            Django's database errors.
+        """
+        await self.run_sync(rows.merge, row, fields, self.alias)
+        return row
 
     async def remove(self, row: Model) -> int:
         """DELETE a row, with its `on_delete` rules, through the model's own `delete()`.
@@ -539,42 +583,93 @@ class Session:
             ValueError: the row has no primary key.
             Django's database errors.
         """
-        deleted, _ = await self.run_sync(row.delete, using=self.alias)
-        return deleted
+        return await self.run_sync(rows.remove, row, self.alias)
 
-    async def refresh(self, row: M, fields: Sequence[str] | None = None) -> M:
-        """Read the row's fields, or the given ones, from the database again.
+    async def refresh(self, row: M, fields: Collection[Any] | None = None) -> M:
+        """Read the row's loaded fields, or the given ones, from the database again.
 
         Raises:
-            The model's DoesNotExist: the row is gone.
+            RowNotFound: the row is gone.
         """
-        await self.run_sync(row.refresh_from_db, using=self.alias, fields=fields)
+        await self.run_sync(rows.refresh, row, fields, self.alias)
         return row
 
-    async def get(self, model: type[M], pk: Any) -> M | None:
-        """The row with this primary key, or None."""
-        return await self.run_sync(lambda: self._query(model).filter(pk=pk).first())
+    async def load(self, given: M | Iterable[M], *paths: Any) -> None:
+        """Load relations (`"author"`, `"tags__owner"`, a column, a `Prefetch`) and deferred fields
+        of one row or of many, in one query for each step.
 
-    async def get_one(self, model: type[M], pk: Any) -> M:
+        Raises:
+            AttributeError: the model has no such relation or field.
+        """
+        every = [given] if isinstance(given, Model) else list(given)
+        await self.run_sync(rows.load, every, paths, self.alias)
+
+    def related(self, row: Model) -> Related:
+        """The relations of a row: `await session.related(book).tags.add(tag)`."""
+        return Related(self, row)
+
+    async def get(self, model: type[M] | RowTable[M], pk: Any) -> M | None:
+        """The row with this primary key, or None."""
+        return await self.run_sync(rows.get, model_of(model), pk, self.alias)
+
+    async def get_one(self, model: type[M] | RowTable[M], pk: Any) -> M:
         """The row with this primary key.
 
         Raises:
             The model's DoesNotExist.
         """
-        return await self.run_sync(lambda: self._query(model).get(pk=pk))
+        return await self.run_sync(rows.get_one, model_of(model), pk, self.alias)
 
-    def _query(self, model: type[M]) -> QuerySet[M]:
-        return model._default_manager.using(self.alias)
+    # Queries
 
-    async def truncate(self, model: type[Model], cascade: bool = False) -> None:
+    @property
+    def select(self) -> SelectQuery[Any]:
+        """The beginning of a SELECT: `session.select(Model)` or `session.select.from_(Model)`."""
+        return SelectQuery(self)
+
+    @property
+    def insert(self) -> InsertQuery:
+        """The beginning of an INSERT: `session.insert.rows(...)`."""
+        return InsertQuery(self)
+
+    @property
+    def update(self) -> UpdateQuery:
+        """The beginning of an UPDATE: `session.update(Model)` or `session.update.table(Model)`."""
+        return UpdateQuery(self)
+
+    @property
+    def delete(self) -> DeleteQuery:
+        """The beginning of a DELETE: `session.delete(Model)` or `session.delete.table(Model)`."""
+        return DeleteQuery(self)
+
+    async def run_select_query(self, query: SelectQuery[T]) -> list[T]:
+        """Run the query, as awaiting it does."""
+        return await query
+
+    async def run_insert_query(self, query: InsertQuery) -> list[Any]:
+        """Run the query, as awaiting it does."""
+        return await query
+
+    async def run_update_query(self, query: UpdateQuery) -> Any:
+        """Run the query, as awaiting it does."""
+        return await query
+
+    async def run_delete_query(self, query: DeleteQuery) -> Any:
+        """Run the query, as awaiting it does."""
+        return await query
+
+    async def truncate(self, source: type[Model] | RowTable[Any], cascade: bool = False) -> None:
         """Delete all rows of the model's table at once, without signals, and start its keys anew.
 
         Args:
+            source: a model or a row table.
             cascade: also the tables that refer to it.
 
         Raises:
             Django's database errors, when other tables refer to it.
         """
+
+        model = model_of(source)
 
         def truncate(transaction: Transaction) -> None:
             from django.core.management.color import no_style

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
 from django.apps import apps
@@ -13,6 +13,8 @@ from django.conf import settings
 from django.db import connections
 from django.test.utils import setup_databases, teardown_databases
 from pytest_django.plugin import DjangoDbBlocker
+
+from django_asyncsession import Session, databases
 
 ALIASES = {"default": "postgresql", "sqlite": "sqlite", "mysql": "mysql"}
 
@@ -57,7 +59,8 @@ def alias(request: pytest.FixtureRequest) -> str:
 
 def tables(using: str) -> list[str]:
     """Names of the tables that tests write to, on the database of this alias."""
-    models = [m for m in apps.get_models(include_auto_created=True) if m._meta.managed]
+    every = apps.get_models(include_auto_created=True)
+    models = [m for m in every if m._meta.managed and m._meta.can_migrate(connections[using])]
     return sorted({m._meta.db_table for m in models if m._meta.app_label in _EMPTIED})
 
 
@@ -82,3 +85,16 @@ def empty_tables() -> Iterator[None]:
                     if name not in _KEPT:
                         cursor.execute(f"DELETE FROM {connection.ops.quote_name(name)}")
     gc.collect()
+
+
+@pytest.fixture
+async def session(alias: str) -> AsyncIterator[Session]:
+    """A session on each database in turn; what the test writes is rolled back."""
+    session = databases[alias].get_session()
+    await session.begin()
+    try:
+        yield session
+        await session.rollback()
+    finally:
+        await session.close()
+        await databases[alias].close()

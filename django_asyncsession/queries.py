@@ -1,0 +1,840 @@
+"""Queries as asyncqlio users know them: immutable, awaitable, and Django QuerySets underneath."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Callable,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+)
+from dataclasses import replace
+from itertools import islice
+from types import MappingProxyType
+from typing import Any, Generic, Protocol, Self, TypeVar, cast
+
+from django.core.exceptions import MultipleObjectsReturned
+from django.db.models import Manager, Model, Q, QuerySet
+from django.db.models.expressions import OrderBy
+from django.db.models.query import ModelIterable
+
+from . import rows, writes
+from .columns import Column, Computed, Setter
+from .exceptions import UnboundedQueryError
+from .results import Row
+from .tables import RowTable, model_of, table
+from .writes import Conflict, excluded, path_of
+
+T = TypeVar("T")
+S = TypeVar("S")
+M = TypeVar("M", bound=Model)
+
+Source = type[M] | RowTable[M] | QuerySet[M] | Manager[M]
+
+
+class Runner(Protocol):
+    """What queries need of a session."""
+
+    @property
+    def alias(self) -> str:
+        """The Django alias of the database."""
+        ...
+
+    async def run_sync(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
+        """Runs plain sync Django code on the session's connection."""
+        ...
+
+
+class Results(list[T]):
+    """The rows of a query: a list that `async for`, `next()` and `flatten()` take as well."""
+
+    def __init__(self, found: Iterable[T] = ()):
+        super().__init__(found)
+        self._left = iter(self)
+
+    async def __aiter__(self) -> AsyncIterator[T]:
+        for row in self:
+            yield row
+
+    async def next(self) -> T | None:
+        """The next row, or None after the last."""
+        return next(self._left, None)
+
+    async def flatten(self) -> list[T]:
+        """All rows as a plain list."""
+        return list(self)
+
+
+def _condition(given: Any) -> Any:
+    """What Django takes as a condition.
+
+    Raises:
+        TypeError: it is none, such as the bool that comparing attributes of a model class gives.
+    """
+    if isinstance(given, Column):
+        return given._condition()
+    if isinstance(given, bool) or not getattr(given, "conditional", False):
+        raise TypeError(
+            f"{given!r} is not a condition; compare columns of table(Model), not of the model class"
+        )
+    return given
+
+
+class _Query:
+    """What all queries share: they belong to a session, and each method makes a new one."""
+
+    def __init__(self, session: Runner):
+        self._session = session
+
+    def _with(self, **changes: Any) -> Self:
+        clone = copy.copy(self)
+        clone.__dict__.update(changes)
+        return clone
+
+    async def run(self) -> Any:
+        """Runs the query, as awaiting it does."""
+        raise NotImplementedError
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        return self.run().__await__()
+
+
+class _Filtered(_Query):
+    """A query on rows of one table that conditions choose."""
+
+    _given: QuerySet[Any] | None = None
+
+    def _start(self, source: Any) -> QuerySet[Any]:
+        raise NotImplementedError
+
+    def __call__(self, source: Any) -> Any:
+        return self._with(_given=self._start(source).using(self._session.alias))
+
+    def from_(self, source: Any) -> Any:
+        """The query on this table: asyncqlio's other way to say it."""
+        return self(source)
+
+    def set_table(self, source: Any) -> Any:
+        """`from_`, under asyncqlio's other name."""
+        return self(source)
+
+    @property
+    def _queryset(self) -> QuerySet[Any]:
+        if self._given is None:
+            raise TypeError(f"{type(self).__name__} has no table yet; give it a model or row table")
+        return self._given
+
+    def where(self, *conditions: Any, **lookups: Any) -> Self:
+        """Only rows for which all conditions and Django lookups (`name__startswith="h"`) hold.
+
+        Raises:
+            TypeError: something given is not a condition.
+        """
+        return self._with(_given=self._queryset.filter(*map(_condition, conditions), **lookups))
+
+    def exclude(self, *conditions: Any, **lookups: Any) -> Self:
+        """Not the rows for which all conditions hold; Django's `exclude`."""
+        return self._with(_given=self._queryset.exclude(*map(_condition, conditions), **lookups))
+
+    def add_condition(self, condition: Any) -> Self:
+        """`where`, under asyncqlio's name."""
+        return self.where(condition)
+
+
+def _read_source(source: Any) -> QuerySet[Any]:
+    if isinstance(source, QuerySet):
+        return source
+    if isinstance(source, Manager):
+        return source.all()
+    if isinstance(source, SelectQuery):
+        return source.queryset
+    return cast("QuerySet[Any]", model_of(source)._default_manager.all())
+
+
+def _write_source(source: Any) -> QuerySet[Any]:
+    if isinstance(source, (QuerySet, Manager, SelectQuery)):
+        return _read_source(source)
+    return cast("QuerySet[Any]", model_of(source)._base_manager.all())
+
+
+class SelectQuery(_Filtered, Generic[T]):
+    """A SELECT. It runs when it is awaited or iterated, or by one of the methods at its end.
+
+    `session.select(Model)` begins one; a row table, a QuerySet or a Manager will do as well.
+    """
+
+    _limit: int | None = None
+    _offset: int = 0
+    # Of the QuerySet methods since the start, those that group_by may have to move behind itself.
+    _steps: tuple[tuple[str, tuple[Any, ...], dict[str, Any]], ...] = ()
+    _base: QuerySet[Any] | None = None
+    # Whether rows come as `Row`s of these columns; empty means all that there are.
+    _columns: tuple[str, ...] | None = None
+    # Relations to load when the rows are there.
+    _late: tuple[Any, ...] = ()
+
+    def __call__(self, source: Source[M]) -> SelectQuery[M]:
+        """The query on this model, row table, QuerySet or Manager."""
+        given = self._start(source).using(self._session.alias)
+        fresh: SelectQuery[M] = SelectQuery(self._session)
+        return fresh._with(_given=given, _base=given)
+
+    def from_(self, source: Source[M]) -> SelectQuery[M]:
+        """The query on this table: asyncqlio's other way to say it."""
+        return self(source)
+
+    def _start(self, source: Any) -> QuerySet[Any]:
+        return _read_source(source)
+
+    def _apply(self, method: str, *args: Any, **kwargs: Any) -> Self:
+        changed = getattr(self._queryset, method)(*args, **kwargs)
+        return self._with(_given=changed, _steps=(*self._steps, (method, args, kwargs)))
+
+    def where(self, *conditions: Any, **lookups: Any) -> Self:
+        """Only rows for which all conditions and Django lookups (`name__startswith="h"`) hold.
+
+        As with `filter`, conditions of one call on a to-many relation are about the same related
+        row; those of two calls may be about two.
+
+        Raises:
+            TypeError: something given is not a condition.
+        """
+        return self._apply("filter", *map(_condition, conditions), **lookups)
+
+    def exclude(self, *conditions: Any, **lookups: Any) -> Self:
+        """Not the rows for which all conditions hold; Django's `exclude`."""
+        return self._apply("exclude", *map(_condition, conditions), **lookups)
+
+    def order_by(self, *columns: Any, sort_order: str = "asc") -> Self:
+        """Orders by columns, `column.desc()`, expressions or names; `sort_order` turns plain ones.
+
+        Without arguments the rows come in no order.
+        """
+        if sort_order not in ("asc", "desc"):
+            raise ValueError(f"sort_order cannot be {sort_order!r}; it is 'asc' or 'desc'")
+        down = sort_order == "desc"
+        return self._apply("order_by", *(_descending(c) if down else c for c in columns))
+
+    def limit(self, count: int | None) -> Self:
+        """At most this many rows."""
+        return self._with(_limit=_whole("limit", count))
+
+    def offset(self, count: int) -> Self:
+        """Without the first rows, this many."""
+        return self._with(_offset=_whole("offset", count) or 0)
+
+    def __getitem__(self, part: slice) -> Self:
+        """`query[5:15]`: the rows with these numbers."""
+        if not isinstance(part, slice) or part.step is not None:
+            raise TypeError("a query takes slices such as query[5:15]; for one row use first()")
+        start = _whole("start", part.start) or 0
+        stop = _whole("stop", part.stop)
+        size = None if stop is None else max(stop - start, 0)
+        if self._limit is not None:
+            left = max(self._limit - start, 0)
+            size = left if size is None else min(size, left)
+        return self._with(_offset=self._offset + start, _limit=size)
+
+    def distinct(self, *columns: Any) -> Self:
+        """Each row once; on PostgreSQL the first row for each value of the columns."""
+        return self._apply("distinct", *map(path_of, columns))
+
+    def related(self, *relations: Any) -> Self:
+        """Loads these foreign keys in the same statement; Django's `select_related`."""
+        return self._apply("select_related", *map(path_of, relations))
+
+    def prefetch(self, *relations: Any) -> Self:
+        """Loads these relations in one more statement each: names, columns or `Prefetch`."""
+        lookups = [r if hasattr(r, "prefetch_through") else path_of(r) for r in relations]
+        model = self._queryset.model
+        # Django reads the rows of a generic foreign key from the default database.
+        late = [p for p in lookups if rows.is_generic(model, p)]
+        changed = self._apply("prefetch_related", *(p for p in lookups if p not in late))
+        return changed._with(_late=(*self._late, *late))
+
+    def annotate(self, *expressions: Any, **named: Any) -> Self:
+        """Adds computed values to each row: functions, aggregates, windows, subqueries."""
+        return self._apply("annotate", *expressions, **named)
+
+    def group_by(self, *columns: Any, **named: Any) -> SelectQuery[Row]:
+        """One `Row` for each value of these columns, with the aggregates of `annotate`."""
+        names, computed = _named(columns, named)
+        before, after = _split_at_annotate(self._steps)
+        steps = (*before, ("values", names, computed), *after)
+        queryset = cast("QuerySet[Any]", self._base)
+        for method, args, kwargs in steps:
+            queryset = getattr(queryset, method)(*args, **kwargs)
+        grouped = self._with(_given=queryset, _steps=steps, _columns=())
+        return cast("SelectQuery[Row]", grouped)
+
+    def having(self, *conditions: Any, **lookups: Any) -> Self:
+        """Only the groups for which the conditions on aggregates hold."""
+        return self.where(*conditions, **lookups)
+
+    def columns(self, *columns: Any, **named: Any) -> SelectQuery[Row]:
+        """`Row`s of these columns and expressions, under their own names or those given."""
+        names, computed = _named(columns, named)
+        selected = self._apply("values", *names, **computed)
+        return cast("SelectQuery[Row]", selected._with(_columns=_names(columns, named)))
+
+    def values(self, *columns: Any, **named: Any) -> SelectQuery[dict[str, Any]]:
+        """Django's `values`: dictionaries."""
+        names, computed = _named(columns, named)
+        return cast("SelectQuery[dict[str, Any]]", self._apply("values", *names, **computed))
+
+    def values_list(
+        self, *columns: Any, flat: bool = False, named: bool = False
+    ) -> SelectQuery[Any]:
+        """Django's `values_list`: tuples, plain values with `flat`, named tuples with `named`."""
+        return self._apply("values_list", *map(_plain, columns), flat=flat, named=named)
+
+    def only(self, *columns: Any) -> Self:
+        """Rows with just these columns loaded, and the primary key."""
+        return self._apply("only", *map(path_of, columns))
+
+    def defer(self, *columns: Any) -> Self:
+        """Rows without these columns loaded."""
+        return self._apply("defer", *map(path_of, columns))
+
+    def for_update(
+        self,
+        *,
+        nowait: bool = False,
+        skip_locked: bool = False,
+        of: Iterable[Any] = (),
+        no_key: bool = False,
+    ) -> Self:
+        """Locks the rows until the transaction ends; Django's `select_for_update`."""
+        tables = tuple(map(path_of, of))
+        return self._apply(
+            "select_for_update", nowait=nowait, skip_locked=skip_locked, of=tables, no_key=no_key
+        )
+
+    def union(self, *others: Any, all: bool = False) -> Self:
+        """The rows of all queries, each once; with `all` as often as they come."""
+        return self._combined("union", others, all=all)
+
+    def intersection(self, *others: Any) -> Self:
+        """The rows that all queries have."""
+        return self._combined("intersection", others)
+
+    def difference(self, *others: Any) -> Self:
+        """The rows that the other queries do not have."""
+        return self._combined("difference", others)
+
+    def _combined(self, method: str, others: tuple[Any, ...], **options: Any) -> Self:
+        querysets = [_read_source(other).using(self._session.alias) for other in others]
+        combined = getattr(self.queryset, method)(*querysets, **options)
+        return self._with(_given=combined, _limit=None, _offset=0)
+
+    @property
+    def queryset(self) -> QuerySet[Any]:
+        """The Django QuerySet that this query is."""
+        return self._sliced(self._queryset, self._limit)
+
+    def _sliced(self, queryset: QuerySet[Any], limit: int | None) -> QuerySet[Any]:
+        if limit is None and not self._offset:
+            return queryset
+        return queryset[self._offset : None if limit is None else self._offset + limit]
+
+    @property
+    def query(self) -> Any:
+        """Django's SQL query object; with it, `Exists(q)` and `Subquery(q)` take this query."""
+        return self.queryset.query
+
+    def resolve_expression(self, *args: Any, **kwargs: Any) -> Any:
+        """As a subquery: in `in_(...)`, in `set(...)`, wherever a QuerySet may stand."""
+        return cast(Any, self.queryset).resolve_expression(*args, **kwargs)
+
+    def sql(self) -> tuple[str, tuple[Any, ...]]:
+        """The SQL text and its parameters, without running it.
+
+        MySQL decides some texts by the server's version: there, before the first connection, use
+        `await session.run_sync(query.sql)`.
+        """
+        query = cast(Any, self.queryset.query)
+        text, params = query.get_compiler(self._session.alias, elide_empty=False).as_sql()
+        return text, tuple(params)
+
+    def generate_sql(self) -> tuple[str, tuple[Any, ...]]:
+        """`sql`, under asyncqlio's name."""
+        return self.sql()
+
+    async def run(self) -> Results[T]:
+        """All rows, as awaiting the query gives them."""
+        return await self._session.run_sync(self._fetch, self.queryset)
+
+    def __await__(self) -> Generator[Any, None, Results[T]]:
+        return self.run().__await__()
+
+    async def all(self) -> Results[T]:
+        """All rows."""
+        return await self.run()
+
+    async def __aiter__(self) -> AsyncIterator[T]:
+        for row in await self.run():
+            yield row
+
+    def _fetch(self, queryset: QuerySet[Any]) -> Results[T]:
+        return self._shaped(list(queryset))
+
+    def _shaped(self, found: list[Any]) -> Results[T]:
+        if self._columns is not None:
+            names = self._columns
+            found = [Row(names or tuple(r), [r[n] for n in names or r]) for r in found]
+        elif self._gives_model_rows:
+            rows.remember(found)
+            if self._late:
+                rows.load(found, self._late, self._session.alias)
+        return Results(found)
+
+    @property
+    def _gives_model_rows(self) -> bool:
+        return issubclass(cast(Any, self._queryset)._iterable_class, ModelIterable)
+
+    async def first(self) -> T | None:
+        """The first row, by primary key where there is no order, or None; fetches one row."""
+        found = await self._session.run_sync(self._fetch_ordered, 1)
+        return found[0] if found else None
+
+    def _fetch_ordered(self, limit: int) -> Results[T]:
+        queryset = self._queryset
+        query = queryset.query
+        if not (queryset.ordered or query.combinator or query.is_sliced or self._is_grouped):
+            queryset = queryset.order_by("pk")
+        limit = limit if self._limit is None else min(limit, self._limit)
+        return self._fetch(self._sliced(queryset, limit))
+
+    @property
+    def _is_grouped(self) -> bool:
+        return self._columns == () or bool(self._queryset.query.distinct_fields)
+
+    async def one(self) -> T:
+        """The only row.
+
+        Raises:
+            Model.DoesNotExist: there is none.
+            Model.MultipleObjectsReturned: there are several.
+        """
+        row = await self.one_or_none()
+        if row is None:
+            model = self._queryset.model
+            raise model.DoesNotExist(f"no {model.__name__} row matches the query")
+        return row
+
+    async def one_or_none(self) -> T | None:
+        """The only row, or None.
+
+        Raises:
+            Model.MultipleObjectsReturned: there are several.
+        """
+        limit = 2 if self._limit is None else min(2, self._limit)
+        found = await self._session.run_sync(self._fetch, self._sliced(self._queryset, limit))
+        if len(found) > 1:
+            model = self._queryset.model
+            error: type[MultipleObjectsReturned] = model.MultipleObjectsReturned
+            raise error(f"more than one {model.__name__} row matches the query; use first()")
+        return found[0] if found else None
+
+    async def scalar(self) -> Any:
+        """The first column of the first row, or None; of a query for model rows, the row."""
+        row = await self.first()
+        return None if row is None else _first_value(row)
+
+    async def scalars(self) -> list[Any]:
+        """The first column of all rows; of a query for model rows, the rows."""
+        return [_first_value(row) for row in await self.run()]
+
+    async def count(self) -> int:
+        """How many rows there are."""
+        return await self._session.run_sync(self.queryset.count)
+
+    async def exists(self) -> bool:
+        """Whether there is a row."""
+        return await self._session.run_sync(self.queryset.exists)
+
+    async def aggregate(self, *expressions: Any, **named: Any) -> dict[str, Any]:
+        """Aggregates over all rows, by name."""
+        return await self._session.run_sync(self.queryset.aggregate, *expressions, **named)
+
+    async def in_bulk(
+        self, ids: Iterable[Any] | None = None, *, field_name: Any = "pk"
+    ) -> dict[Any, T]:
+        """The rows by primary key, or by another unique column."""
+
+        def fetch() -> dict[Any, T]:
+            found = self.queryset.in_bulk(
+                ids if ids is None else list(ids), field_name=path_of(field_name)
+            )
+            rows.remember(found.values())
+            return cast("dict[Any, T]", found)
+
+        return await self._session.run_sync(fetch)
+
+    async def explain(self, *, format: str | None = None, **options: Any) -> str:
+        """The database's plan for the query."""
+        return await self._session.run_sync(self.queryset.explain, format=format, **options)
+
+    async def stream(self, chunk_size: int = 2000) -> AsyncGenerator[T, None]:
+        """The rows one by one from a cursor on the server, `chunk_size` in memory at a time."""
+        run = self._session.run_sync
+        iterator = await run(self.queryset.iterator, chunk_size)
+        try:
+            while chunk := await run(self._take, iterator, chunk_size):
+                for row in chunk:
+                    yield row
+        finally:
+            await run(cast(Any, iterator).close)
+
+    def _take(self, iterator: Iterator[Any], count: int) -> Results[T]:
+        return self._shaped(list(islice(iterator, count)))
+
+
+def _whole(what: str, count: int | None) -> int | None:
+    if count is None or (isinstance(count, int) and not isinstance(count, bool) and count >= 0):
+        return count
+    raise ValueError(f"{what} cannot be {count!r}; it is a whole number of rows, 0 or more")
+
+
+def _descending(column: Any) -> Any:
+    if isinstance(column, str):
+        return column.removeprefix("-") if column.startswith("-") else f"-{column}"
+    return column if isinstance(column, OrderBy) else column.desc()
+
+
+def _split_at_annotate(steps: Any) -> tuple[Any, Any]:
+    at = next((i for i, step in enumerate(steps) if step[0] == "annotate"), len(steps))
+    return steps[:at], steps[at:]
+
+
+def _plain(column: Any) -> Any:
+    """A name where Django's `values` takes one, else the expression."""
+    if isinstance(column, Column) and not column._splits:
+        return column._path
+    return column
+
+
+def _named(
+    columns: tuple[Any, ...], named: dict[str, Any]
+) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Names and, under a name each, expressions."""
+    names: list[str] = []
+    computed = dict(named)
+    for at, column in enumerate(map(_plain, columns)):
+        if isinstance(column, str):
+            names.append(column)
+        else:
+            computed[_name_of(column, at)] = column
+    return tuple(names), computed
+
+
+def _names(columns: tuple[Any, ...], named: dict[str, Any]) -> tuple[str, ...]:
+    plain = [_plain(c) for c in columns]
+    given = [c if isinstance(c, str) else _name_of(c, i) for i, c in enumerate(plain)]
+    return (*given, *named)
+
+
+def _name_of(expression: Any, at: int) -> str:
+    return str(getattr(expression, "default_alias", None) or f"column{at + 1}")
+
+
+def _first_value(row: Any) -> Any:
+    if isinstance(row, dict):
+        return next(iter(row.values()))
+    return row[0] if isinstance(row, (Row, tuple)) else row
+
+
+class InsertQuery(_Query):
+    """An INSERT of any number of rows, one statement for each model; awaiting it gives the rows.
+
+    It does not call `save()` and sends no signals, as `bulk_create`; `session.add` does.
+    """
+
+    _rows: tuple[Model, ...] = ()
+    _conflict: Conflict | None = None
+    _returning: tuple[Any, ...] | None = None
+
+    @property
+    def rows_to_insert(self) -> list[Model]:
+        """The rows given so far."""
+        return list(self._rows)
+
+    def rows(self, *rows: Model) -> Self:
+        """Also inserts these rows."""
+        return self._with(_rows=(*self._rows, *rows))
+
+    def add_row(self, row: Model) -> Self:
+        """Also inserts this row."""
+        return self.rows(row)
+
+    def on_conflict(self, *columns: Any, where: Q | None = None) -> UpsertQuery:
+        """What to do with rows that break the unique constraint on these columns.
+
+        `where` is the condition of a partial unique index. MySQL cannot tell constraints apart:
+        it takes columns only where no other constraint could be meant.
+        """
+        upsert = UpsertQuery(self._session)
+        upsert.__dict__.update(self.__dict__)
+        return upsert._with(_conflict=Conflict(tuple(map(path_of, columns)), where))
+
+    def returning(self, *columns: Any) -> Self:
+        """Gives `Row`s of these columns instead of the rows; without columns, fresh model rows."""
+        return self._with(_returning=columns)
+
+    async def run(self) -> list[Any]:
+        """Inserts the rows; keys and defaults that the database made are filled in.
+
+        Raises:
+            NotSupportedError: the database has no such statement.
+        """
+        if not self._rows:
+            return []
+        return await self._session.run_sync(
+            writes.insert, self._rows, self._session.alias, self._conflict, self._returning
+        )
+
+    def __await__(self) -> Generator[Any, None, list[Any]]:
+        return self.run().__await__()
+
+
+class UpsertQuery(InsertQuery):
+    """An INSERT that says what happens on a conflict: `update(...)` or `nothing()`."""
+
+    def update(self, *columns: Any, where: Q | None = None) -> Self:
+        """Updates these columns of the existing row to the new values, if `where` holds."""
+        setters = tuple(c if isinstance(c, Setter) else Setter(c, excluded(c)) for c in columns)
+        conflict = self._changed(updates=(*self._decision.updates, *setters), decided=True)
+        return self._with(
+            _conflict=conflict if where is None else replace(conflict, update_where=where)
+        )
+
+    def set(self, column: Any, value: Any = None) -> Self:
+        """Sets a column of the existing row to a value or expression; see `excluded`."""
+        return self.update(column if isinstance(column, Setter) else Setter(column, value))
+
+    def nothing(self) -> Self:
+        """Leaves the existing row as it is."""
+        return self._with(_conflict=self._changed(updates=(), update_where=None, decided=True))
+
+    @property
+    def _decision(self) -> Conflict:
+        return cast(Conflict, self._conflict)
+
+    def _changed(self, **changes: Any) -> Conflict:
+        return replace(self._decision, **changes)
+
+
+class _Written(_Filtered):
+    """An UPDATE or DELETE of the rows that conditions choose; without any it refuses to run."""
+
+    _all_rows = False
+    _returning: tuple[Any, ...] | None = None
+
+    def _start(self, source: Any) -> QuerySet[Any]:
+        return _write_source(source)
+
+    def table(self, source: Any) -> Self:
+        """The query on this table, under asyncqlio's name."""
+        return cast(Self, self(source))
+
+    def all_rows(self) -> Self:
+        """Says that every row of the table is meant."""
+        return self._with(_all_rows=True)
+
+    def returning(self, *columns: Any) -> Self:
+        """Gives `Row`s of these columns, or model rows without columns, instead of the count."""
+        return self._with(_returning=columns)
+
+    def _check_bounded(self, verb: str) -> None:
+        if not self._all_rows and not self._queryset.query.where.children:
+            name = self._queryset.model.__name__
+            raise UnboundedQueryError(
+                f"{verb} of {name!r} has no where(); add one, or say all_rows() to mean every row"
+            )
+
+
+_MISSING: Any = object()
+
+
+class UpdateQuery(_Written):
+    """An UPDATE in one statement, without `save()` and its signals; gives the count of rows."""
+
+    _values: Mapping[str, Any] = MappingProxyType({})
+
+    def __call__(self, source: Source[Any]) -> UpdateQuery:
+        """The query on this model, row table, QuerySet or Manager."""
+        return cast(UpdateQuery, super().__call__(source))
+
+    def set(self, column: Any = None, value: Any = _MISSING, **named: Any) -> Self:
+        """Sets a column to a value (None is NULL), an expression or a query; may be called again.
+
+        Also takes `users.xp.incr(1)`, `users.xp + 1` and `xp=1`.
+        """
+        values = dict(self._values)
+        if column is not None:
+            setter = _setter(column, value)
+            values[path_of(setter.column)] = setter.value
+        values.update(named)
+        return self._with(_values=values)
+
+    def set_update(self, update: Setter) -> Self:
+        """`set`, under asyncqlio's name."""
+        return self.set(update)
+
+    async def run(self) -> Any:
+        """Updates the rows.
+
+        Raises:
+            UnboundedQueryError: there is no `where`, and `all_rows()` was not called.
+            ValueError: nothing was set.
+            NotSupportedError: `returning` on a database without it.
+        """
+        self._check_bounded("update")
+        if not self._values:
+            raise ValueError(
+                f"update of {self._queryset.model.__name__!r} sets nothing; call set()"
+            )
+        return await self._session.run_sync(self._update)
+
+    def _update(self) -> Any:
+        values = {self._field_name(path): value for path, value in self._values.items()}
+        if self._returning is None:
+            return self._queryset.update(**values)
+        return writes.update_returning(self._queryset, values, self._returning)
+
+    def _field_name(self, path: str) -> str:
+        (field,) = writes.fields_of(self._queryset.model, [path])
+        return str(field.name)
+
+
+def _setter(column: Any, value: Any) -> Setter:
+    if value is not _MISSING:
+        return Setter(column, value)
+    if isinstance(column, Setter):
+        return column
+    if isinstance(column, Computed) and isinstance(column.lhs, Column):
+        return Setter(column.lhs, column)
+    raise TypeError(
+        f"set({column!r}) has no value; give one, or column.set(...) or column.incr(...)"
+    )
+
+
+class DeleteQuery(_Written):
+    """A DELETE with Django's on_delete rules; gives the number of rows of the table that went."""
+
+    def __call__(self, source: Source[Any]) -> DeleteQuery:
+        """The query on this model, row table, QuerySet or Manager."""
+        return cast(DeleteQuery, super().__call__(source))
+
+    async def run(self) -> Any:
+        """Deletes the rows.
+
+        Raises:
+            UnboundedQueryError: there is no `where`, and `all_rows()` was not called.
+            NotSupportedError: `returning` on a database without it.
+        """
+        self._check_bounded("delete")
+        return await self._session.run_sync(self._delete)
+
+    def _delete(self) -> Any:
+        if self._returning is not None:
+            return writes.delete_returning(self._queryset, self._returning)
+        _, by_model = self._queryset.delete()
+        return by_model.get(self._queryset.model._meta.label, 0)
+
+
+class Related:
+    """The relations of one row: `await session.related(book).tags.add(tag)`."""
+
+    def __init__(self, session: Runner, row: Model):
+        self._session = session
+        self._row = row
+
+    def __getattr__(self, name: str) -> RelatedRows:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return RelatedRows(self._session, self._row, name)
+
+
+class RelatedRows:
+    """The rows at the other end of a relation; awaiting it gives them, or the only one."""
+
+    def __init__(self, session: Runner, row: Model, name: str):
+        self._session, self._row, self._name = session, row, name
+        relationships = table(type(row)).relationships
+        if name not in relationships:
+            known = ", ".join(relationships)
+            raise AttributeError(f"{type(row).__name__!r} has no relation {name!r}; it has {known}")
+        self._many = relationships[name].many
+
+    def __repr__(self) -> str:
+        return f"<RelatedRows {self._name!r} of {rows.name_of(self._row)}>"
+
+    @property
+    def _manager(self) -> Any:
+        if not self._many:
+            raise TypeError(f"{self!r} is one row; await it, or call set(row)")
+        return getattr(self._row, self._name)
+
+    def select(self) -> SelectQuery[Any]:
+        """A query on the related rows, to filter and order them."""
+        return SelectQuery[Any](self._session)(self._manager.all())
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        return (self.all() if self._many else self._one()).__await__()
+
+    async def __aiter__(self) -> AsyncIterator[Any]:
+        for row in await self.all():
+            yield row
+
+    async def _one(self) -> Any:
+        def fetch() -> Any:
+            rows.load([self._row], [self._name], self._session.alias)
+            return getattr(self._row, self._name, None)
+
+        return await self._session.run_sync(fetch)
+
+    async def all(self) -> list[Any]:
+        """All related rows, as they are in the database now."""
+        return await self.select().all()
+
+    async def first(self) -> Any:
+        """The first related row, or None."""
+        return await self.select().first()
+
+    async def count(self) -> int:
+        """How many related rows there are."""
+        return await self.select().count()
+
+    async def add(self, *related: Any, **options: Any) -> None:
+        """Relates these rows, or keys, as well."""
+        await self._session.run_sync(lambda: self._manager.add(*related, **options))
+
+    async def remove(self, *related: Any, **options: Any) -> None:
+        """Ends the relation to these rows."""
+        await self._session.run_sync(lambda: self._manager.remove(*related, **options))
+
+    async def clear(self, **options: Any) -> None:
+        """Ends the relation to all rows."""
+        await self._session.run_sync(lambda: self._manager.clear(**options))
+
+    async def create(self, **values: Any) -> Any:
+        """Inserts a related row."""
+        return await self._session.run_sync(lambda: self._manager.create(**values))
+
+    async def set(self, related: Any, **options: Any) -> None:
+        """Relates exactly these rows; of a foreign key this one row, which is written at once."""
+        if self._many:
+            await self._session.run_sync(lambda: self._manager.set(related, **options))
+        else:
+            await self._session.run_sync(self._set_one, related)
+
+    def _set_one(self, related: Any) -> None:
+        setattr(self._row, self._name, related)
+        field: Any = self._row._meta.get_field(self._name)
+        written = related if field.auto_created and not field.concrete else self._row
+        rows.add(written, self._session.alias)
