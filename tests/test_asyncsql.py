@@ -454,11 +454,17 @@ def manage() -> Iterator[Any]:
         process.communicate()
 
 
-def running(application: str) -> int:
-    """How many statements of this application the PostgreSQL server is running."""
-    sql = "SELECT count(*) FROM pg_stat_activity WHERE application_name = %s AND state = 'active'"
-    with connections["default"].cursor() as cursor:
-        cursor.execute(sql, [application])
+def running(alias: str, marker: str) -> int:
+    """How many statements with this marker, or of the application so named, the server runs."""
+    counts = {
+        "postgresql": "pg_stat_activity WHERE application_name = %s AND state = 'active'",
+        "mysql": "information_schema.processlist WHERE info LIKE concat('%%/* ', %s, ' */')",
+    }
+    connection = connections[alias]
+    if connection.vendor not in counts:
+        return 0
+    with connection.cursor() as cursor:
+        cursor.execute(f"SELECT count(*) FROM {counts[connection.vendor]}", [marker])
         return int(cursor.fetchone()[0])
 
 
@@ -470,16 +476,22 @@ def wait_until(condition: Any, seconds: float = 15) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_cancels_the_statement_on_the_server(manage: Any, number: int) -> None:
-    application = f"asyncsql {uuid.uuid4()}"
-    env = {"PGAPPNAME": application}
-    process = manage("SELECT pg_sleep(60)", "--database", "default", "--timeout", "0", env=env)
-    wait_until(lambda: running(application) == 1)
+def test_a_signal_cancels_the_statement_on_the_server(manage: Any, alias: str, number: int) -> None:
+    marker = f"asyncsql {uuid.uuid4()}"
+    ours, theirs = pty.openpty()
+    sql = f"{SLOW[alias]} /* {marker} */"
+    options = {"env": {"PGAPPNAME": marker}, "stderr": theirs}
+    process = manage(sql, "--database", alias, "--timeout", "0", **options)
+    said = ""
+    while "0 rows, 1 s" not in said:
+        said += os.read(ours, 1000).decode()
+    assert running(alias, marker) == (connections[alias].vendor != "sqlite")
     process.send_signal(number)
-    _, err = process.communicate(timeout=10)
-    assert process.returncode == 130
-    assert err.splitlines()[-1] == "CommandError: cancelled"
-    wait_until(lambda: running(application) == 0, 2)
+    assert process.wait(timeout=10) == 130
+    os.close(theirs)
+    assert "CommandError: cancelled" in os.read(ours, 1000).decode()
+    os.close(ours)
+    wait_until(lambda: running(alias, marker) == 0, 2)
 
 
 def test_a_result_needs_no_memory_for_its_rows() -> None:
