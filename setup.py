@@ -23,6 +23,7 @@ TEST = [
     "pytest-asyncio>=1.1",
     "pytest-cov>=6.2",
     "pytest-django>=4.11",
+    "pytest-timeout>=2.4",
     "uvloop>=0.21; platform_system != 'Windows'",
 ]
 
