@@ -23,6 +23,7 @@ import warnings
 import weakref
 from collections import Counter, deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from math import inf
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -96,6 +97,7 @@ class Lease(Generic[C]):
     """One holder's right to one connection; `release` ends it, and so does being forgotten."""
 
     released = True
+    warned = False
 
     def __init__(self, pool: Pool[C], entry: _Entry[C]) -> None:
         self._pool, self._entry = pool, entry
@@ -147,6 +149,8 @@ class Pool(Generic[C]):
             done, or None.
         is_permanent: whether an error of `connect` would only come again, so that all who wait are
             told at once.
+        leak_warning: seconds after which a connection that is still leased is logged, once; None
+            logs none.
         name: what messages call the pool.
         options: sizes and times.
     """
@@ -160,9 +164,10 @@ class Pool(Generic[C]):
         name: str,
         options: PoolOptions,
         is_permanent: Callable[[BaseException], bool] = lambda error: False,
+        leak_warning: float | None = None,
     ) -> None:
         self._connect, self._check, self._close = connect, check, close
-        self._is_permanent = is_permanent
+        self._is_permanent, self._leak_warning = is_permanent, leak_warning
         self.name, self.options = name, options
         self._loop = asyncio.get_running_loop()
         self._thread = threading.get_ident()
@@ -552,9 +557,21 @@ class Pool(Generic[C]):
         ):
             self._discard(self._idle.popleft())
         self._maybe_open()
-        self._timer = self._loop.call_later(
-            max(0.05, min(self.options.max_idle, self.options.max_lifetime) / 4), self._housekeep
-        )
+        self._warn_of_leaks(now)
+        shortest = min(self.options.max_idle, self.options.max_lifetime, self._leak_warning or inf)
+        self._timer = self._loop.call_later(max(0.05, shortest / 4), self._housekeep)
+
+    def _warn_of_leaks(self, now: float) -> None:
+        for lease in list(self._leases) if self._leak_warning else ():
+            if not lease.warned and now - lease.since >= (self._leak_warning or 0.0):
+                lease.warned = True
+                logger.warning(
+                    "a connection of %r is held for %.1f s by %r; it was taken at %s",
+                    self.name,
+                    now - lease.since,
+                    lease.task,
+                    lease.site,
+                )
 
     def _is_stale(self, entry: _Entry[C], now: float) -> bool:
         return now - entry.idle_since >= self.options.max_idle or entry.expires <= now

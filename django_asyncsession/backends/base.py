@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import enum
 import logging
+import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -43,6 +44,8 @@ else:
 
 logger = logging.getLogger("django_asyncsession")
 
+# Characters of a statement that a log line shows.
+SQL_LOG_LENGTH = 2000
 # Which module holds the mixin for a wrapper class that derives from one of Django's; the driver is
 # imported there.
 MIXINS = {
@@ -123,15 +126,16 @@ class WatchedCursorMixin(CursorWrapper if TYPE_CHECKING else object):  # type: i
         self._check_lease()
         return iter(super().__iter__())
 
-    def execute(self, sql: Any, params: Any = None) -> Any:
+    def _execute_with_wrappers(self, sql: Any, *args: Any, **kwargs: Any) -> Any:
         self._check_lease()
         self.db.before_statement(sql)
-        return super().execute(sql, params)
-
-    def executemany(self, sql: Any, param_list: Any) -> Any:
-        self._check_lease()
-        self.db.before_statement(sql)
-        return super().executemany(sql, param_list)
+        if self.db.slow_query_seconds is None:
+            return super()._execute_with_wrappers(sql, *args, **kwargs)
+        started = time.monotonic()
+        try:
+            return super()._execute_with_wrappers(sql, *args, **kwargs)
+        finally:
+            self.db.note_time(sql, time.monotonic() - started)
 
     def _check_lease(self) -> None:
         if self.__dict__.get("lease") is not self.db.lease:
@@ -182,6 +186,8 @@ class BridgedMixin(_Wrapper):
     dead = False
     # What carried over from the last lease must be reset before the next.
     touched = False
+    # Seconds from which a statement is logged as slow; None logs none.
+    slow_query_seconds: float | None = None
     _opening = False
     _savepoint_name: str | None = None
 
@@ -328,6 +334,12 @@ class BridgedMixin(_Wrapper):
         return False
 
     # Statements
+
+    def note_time(self, sql: Any, seconds: float) -> None:
+        """Log a statement that took `slow_query_seconds` or more; never its parameters."""
+        if self.slow_query_seconds is not None and seconds >= self.slow_query_seconds:
+            text = str(sql)[:SQL_LOG_LENGTH]
+            logger.warning("slow statement on %r: %.3f s: %s", self.alias, seconds, text)
 
     def before_statement(self, sql: Any) -> None:
         """Called with the text of each statement before it is sent.
