@@ -155,7 +155,6 @@ class DatabaseInterface:
             name=self.alias,
             options=self._pool_options(),
             is_permanent=self._wrapper_class.is_permanent,
-            leak_warning=settings.LEAK_WARNING_SECONDS,
         )
 
     def _drop_dead_pools(self) -> None:
@@ -173,7 +172,6 @@ class DatabaseInterface:
 
     async def _open_connection(self) -> BridgedMixin:
         wrapper = make_wrapper(self.alias, self._settings_dict)
-        wrapper.slow_query_seconds = settings.SLOW_QUERY_SECONDS
         await bridge.run(wrapper.open)
         return wrapper
 

@@ -17,15 +17,15 @@ import dataclasses
 import logging
 import random
 import sys
-import threading
 import time
 import warnings
 import weakref
 from collections import Counter, deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
-from math import inf
+from functools import partial
+from numbers import Real
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from .exceptions import ConfigurationError, PoolClosed, PoolTimeout, TooManyWaiting, WrongLoopError
 
@@ -66,6 +66,11 @@ class PoolOptions:
     # Ask the connection whether it works before it is handed out.
     check: bool = False
 
+    _KINDS: ClassVar[dict[str, type]] = {
+        **dict.fromkeys(("min_size", "max_size", "max_waiting"), int),
+        **dict.fromkeys(("timeout", "max_lifetime", "max_idle", "reconnect_timeout"), Real),
+    }
+
     def __post_init__(self) -> None:
         """Check the numbers.
 
@@ -74,6 +79,10 @@ class PoolOptions:
         """
         if self.max_size is None:
             object.__setattr__(self, "max_size", self.min_size or 10)
+        for name, kind in self._KINDS.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, kind):
+                raise ConfigurationError(f"pool option {name} is {value!r}; give a number")
         for name in ("timeout", "max_lifetime", "max_idle", "reconnect_timeout"):
             if not getattr(self, name) > 0:
                 raise ConfigurationError(
@@ -97,12 +106,13 @@ class Lease(Generic[C]):
     """One holder's right to one connection; `release` ends it, and so does being forgotten."""
 
     released = True
-    warned = False
 
     def __init__(self, pool: Pool[C], entry: _Entry[C]) -> None:
         self._pool, self._entry = pool, entry
         self.connection: C = entry.connection
         self.since = time.monotonic()
+        # What the connection may know of its lease; the lease itself would be a cycle.
+        self.token = object()
         self.site = creation_site()
         self.task = task_name()
         pool._leases.add(self)
@@ -119,14 +129,15 @@ class Lease(Generic[C]):
         if self.released or sys.is_finalizing():
             return
         self.released = True
-        warnings.warn(
-            f"a connection of {self._pool.name!r} was never given back; it was taken at "
-            f"{self.site}",
-            ResourceWarning,
-            source=self,
-            stacklevel=2,
-        )
-        self._pool._take_back_from_anywhere(self._entry)
+        try:
+            warnings.warn(
+                f"a connection of {self._pool.name!r} was never given back; it was taken at "
+                f"{self.site}",
+                ResourceWarning,
+                stacklevel=2,
+            )
+        finally:  # warnings may be errors
+            self._pool._take_back_from_anywhere(self._entry)
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -149,8 +160,6 @@ class Pool(Generic[C]):
             done, or None.
         is_permanent: whether an error of `connect` would only come again, so that all who wait are
             told at once.
-        leak_warning: seconds after which a connection that is still leased is logged, once; None
-            logs none.
         name: what messages call the pool.
         options: sizes and times.
     """
@@ -164,19 +173,18 @@ class Pool(Generic[C]):
         name: str,
         options: PoolOptions,
         is_permanent: Callable[[BaseException], bool] = lambda error: False,
-        leak_warning: float | None = None,
     ) -> None:
         self._connect, self._check, self._close = connect, check, close
-        self._is_permanent, self._leak_warning = is_permanent, leak_warning
+        self._is_permanent = is_permanent
         self.name, self.options = name, options
         self._loop = asyncio.get_running_loop()
-        self._thread = threading.get_ident()
         self._idle: deque[_Entry[C]] = deque()
         self._waiters: deque[asyncio.Future[_Entry[C]]] = deque()
         self._leases: weakref.WeakSet[Lease[C]] = weakref.WeakSet()
         # Places taken: idle, leased, being opened and being closed.
         self._size = self._opening = self._leased = 0
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._openers: set[asyncio.Task[None]] = set()
+        self._finishers: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._sentinel: AsyncGenerator[None, None] | None = None
         self._drained = asyncio.Event()
@@ -191,6 +199,11 @@ class Pool(Generic[C]):
             f"<Pool {self.name!r}{state} {len(self._idle)} idle, {self._leased} in use, "
             f"{len(self._waiters)} waiting, max {self.options.limit}>"
         )
+
+    def __del__(self) -> None:
+        # Dropped without close(): nobody can wait for the server, but no socket may stay open.
+        if not getattr(self, "closed", True) and not sys.is_finalizing():
+            self.terminate()
 
     # What a user of the pool calls
 
@@ -211,6 +224,10 @@ class Pool(Generic[C]):
         deadline = time.monotonic() + (self.options.timeout if timeout is None else timeout)
         while True:
             entry = self._pop_idle() or await self._wait(deadline)
+            if self.closed:
+                # In the very tick in which the connection was handed over.
+                self._discard(entry)
+                self._check_usable()
             self._leased += 1
             lease = Lease(self, entry)
             if not self.options.check or await self._is_healthy(lease, deadline):
@@ -260,10 +277,16 @@ class Pool(Generic[C]):
 
     async def _settle(self) -> None:
         """Wait for what the pool's own tasks still do, but not for long."""
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=CLOSE_BUDGET)
-        for task in self._tasks:
+        deadline = self._loop.time() + CLOSE_BUDGET
+        while (tasks := self._openers | self._finishers) and (
+            left := deadline - self._loop.time()
+        ) > 0:
+            await asyncio.wait(tasks, timeout=left)
+        for task in tasks:
             task.cancel()
+        if tasks:
+            # Let them end: a task that is destroyed while it is pending is reported.
+            await asyncio.wait(tasks, timeout=0.1)
 
     def terminate(self) -> None:
         """Close the pool and all its connections now, without awaiting; safe when the loop is
@@ -276,6 +299,9 @@ class Pool(Generic[C]):
             self._discard(self._idle.popleft())
         for lease in list(self._leases):
             lease.release(usable=False)
+        if self._can_spawn():
+            for task in self._openers:
+                task.cancel()
 
     def belongs_to(self, loop: asyncio.AbstractEventLoop) -> bool:
         """Whether this is the pool's loop."""
@@ -296,9 +322,10 @@ class Pool(Generic[C]):
         """Drop everything without touching a socket: this process is a fork, and the sockets are
         its parent's."""
         self.closed = True
-        self._idle.clear()
         for lease in list(self._leases):
             lease.released = True
+            # Collecting a connection says goodbye to the server, with some drivers.
+            self._idle.append(lease._entry)
 
     def stats(self) -> dict[str, int]:
         """Numbers under psycopg_pool's names; times (`_ms`) in milliseconds."""
@@ -346,6 +373,7 @@ class Pool(Generic[C]):
             and time.monotonic() < self._retry_at
             and self._is_permanent(self._failure)
         ):
+            self._counts["requests_errors"] += 1
             raise _again(self._failure)
         if self.options.max_waiting and len(self._waiters) >= self.options.max_waiting:
             self._counts["requests_errors"] += 1
@@ -359,8 +387,9 @@ class Pool(Generic[C]):
         waiter: asyncio.Future[_Entry[C]] = self._loop.create_future()
         self._waiters.append(waiter)
         self._maybe_open()
+        seconds = deadline - started
         timer = self._loop.call_at(
-            self._loop.time() + deadline - started, self._time_out, waiter, deadline - started
+            self._loop.time() + seconds, self._time_out, waiter, seconds, task_name()
         )
         try:
             return await waiter
@@ -377,12 +406,12 @@ class Pool(Generic[C]):
             timer.cancel()
             self._counts["requests_wait_ms"] += round((time.monotonic() - started) * 1000)
 
-    def _time_out(self, waiter: asyncio.Future[_Entry[C]], seconds: float) -> None:
+    def _time_out(self, waiter: asyncio.Future[_Entry[C]], seconds: float, task: str) -> None:
         if waiter.done():
             return
         error = PoolTimeout(
             f"no connection to {self.name!r} within {seconds:.1f} s, "
-            f"{self._usage()}{self._longest_holder()}; "
+            f"{self._usage()}{self._longest_holder(task)}; "
             'raise OPTIONS["pool"]["max_size"] or shorten transactions'
         )
         error.__cause__ = self._failure
@@ -392,14 +421,14 @@ class Pool(Generic[C]):
     def _usage(self) -> str:
         return f"{self._leased} of {self.options.limit} in use, {len(self._waiters)} waiting"
 
-    def _longest_holder(self) -> str:
+    def _longest_holder(self, waiting: str) -> str:
         leases = sorted(self._leases, key=lambda lease: lease.since)
         if not leases:
             return ""
         lease = leases[0]
         held = time.monotonic() - lease.since
         text = f", longest held for {held:.1f} s by {lease.task!r}, taken at {lease.site}"
-        if any(other.task == task_name() for other in leases):
+        if any(other.task == waiting for other in leases):
             text += " (nested acquire: this task holds one already)"
         return text
 
@@ -429,53 +458,72 @@ class Pool(Generic[C]):
             self._drained.set()
 
     def _take_back_from_anywhere(self, entry: _Entry[C]) -> None:
-        """The lease was collected, perhaps in another thread, perhaps after its loop's end."""
-
-        def discard() -> None:
-            self._leased -= 1
-            self._counts["returns_bad"] += 1
-            self._discard(entry)
-
-        if threading.get_ident() == self._thread:
-            discard()
+        """The lease was collected: perhaps in another thread, or in the middle of a method of this
+        pool, or after the loop's end."""
+        if self._can_spawn():
+            remains = self._close(entry.connection)
+            self._loop.call_soon(self._lose, remains, context=contextvars.Context())
+        elif self._loop.is_closed():
+            self._lose(self._close(entry.connection))
         else:
-            try:
-                self._loop.call_soon_threadsafe(discard)
-            except RuntimeError:
-                # The loop is closed.
-                self._close(entry.connection)
+            with contextlib.suppress(RuntimeError):  # closed meanwhile
+                self._loop.call_soon_threadsafe(
+                    lambda: self._lose(self._close(entry.connection)), context=contextvars.Context()
+                )
+
+    def _lose(self, remains: Awaitable[None] | None) -> None:
+        self._leased -= 1
+        self._counts["returns_bad"] += 1
+        self._let_go(remains)
+        if self._leased == 0:
+            self._drained.set()
 
     def _put(self, entry: _Entry[C]) -> None:
         """Give a connection in good state to the first who waits, or keep it."""
+        if self.closed or self._loop.is_closed():
+            self._discard(entry)
+            return
         while self._waiters:
             waiter = self._waiters.popleft()
             if not waiter.done():
                 waiter.set_result(entry)
                 return
-        if self.closed:
-            self._discard(entry)
-            return
         entry.idle_since = time.monotonic()
         self._idle.append(entry)
 
     def _discard(self, entry: _Entry[C]) -> None:
         """Close a connection; its place is free when the server has let go of it, or after two
         seconds."""
-        remains = self._close(entry.connection)
+        self._let_go(self._close(entry.connection))
+
+    def _let_go(self, remains: Awaitable[None] | None) -> None:
         if remains is None or not self._can_spawn():
-            if isinstance(remains, Coroutine):
-                remains.close()
+            _forget(remains)
             self._free()
         else:
-            self._spawn(self._finish(remains))
+            self._finish_later(remains, self._loop.time() + CLOSE_BUDGET)
 
-    async def _finish(self, remains: Awaitable[None]) -> None:
+    def _finish_later(self, remains: Awaitable[None], deadline: float) -> None:
+        task = self._spawn(self._finish(remains, deadline), self._finishers)
+        task.add_done_callback(partial(self._finished, remains, deadline))
+
+    async def _finish(self, remains: Awaitable[None], deadline: float) -> None:
         try:
-            async with asyncio.timeout(CLOSE_BUDGET):
+            async with asyncio.timeout_at(deadline):
                 await remains
         except Exception as exc:
             logger.warning("a connection of %r did not end in an orderly way: %r", self.name, exc)
-        finally:
+
+    def _finished(
+        self, remains: Awaitable[None], deadline: float, task: asyncio.Task[None]
+    ) -> None:
+        again = task.cancelled() and not isinstance(remains, Coroutine)
+        if again and self._loop.time() < deadline and self._can_spawn():
+            # The end of the loop cancels all tasks; the server is told all the same, and the
+            # sentinel waits for it.
+            self._finish_later(remains, deadline)
+        else:
+            _forget(remains)
             self._free()
 
     def _free(self) -> None:
@@ -496,7 +544,7 @@ class Pool(Generic[C]):
             if self._can_spawn():
                 self._size += 1
                 self._opening += 1
-                self._spawn(self._open_one())
+                self._spawn(self._open_one(), self._openers).add_done_callback(self._opener_ended)
 
     async def _open_one(self) -> None:
         started = time.monotonic()
@@ -505,12 +553,10 @@ class Pool(Generic[C]):
                 await asyncio.sleep(max(0.0, self._retry_at - started))
             self._counts["connections_num"] += 1
             connection = await self._connect()
-        except BaseException as exc:
+        except Exception as exc:
             self._opening -= 1
             self._size -= 1
-            if not isinstance(exc, Exception):
-                raise
-            self._connect_failed(exc)
+            self._connect_failed(exc, started)
             return
         self._opening -= 1
         self._counts["connections_ms"] += round((time.monotonic() - started) * 1000)
@@ -520,22 +566,32 @@ class Pool(Generic[C]):
         if not self.closed:
             self._maybe_open()
 
-    def _connect_failed(self, error: Exception) -> None:
+    def _opener_ended(self, task: asyncio.Task[None]) -> None:
+        """A task that is cancelled before its first step runs nothing of its own."""
+        if task.cancelled() or task.exception() is not None:
+            self._opening -= 1
+            self._size -= 1
+
+    def _connect_failed(self, error: Exception, started: float) -> None:
         """Tell the first who waits, or all of them when it would only fail again; then try again
         later."""
         self._counts["connections_errors"] += 1
         now = time.monotonic()
-        if self._failure is None:
-            self._failing_since = now
+        if self._failure is None or started > self._retry_at + BACKOFF_MAX:
+            # The first failure, or the first after a time in which nobody wanted a connection.
+            self._failing_since, self._backoff = now, 0.0
         self._failure = error.with_traceback(None)
         self._backoff = min(max(BACKOFF_MIN, self._backoff * 2), BACKOFF_MAX)
         self._retry_at = now + self._backoff * random.uniform(0.8, 1.0)
         logger.warning("connecting to %r failed: %s", self.name, error)
-        if self._is_permanent(error) or now - self._failing_since > self.options.reconnect_timeout:
+        lasts = now - self._failing_since > self.options.reconnect_timeout
+        gives_up = lasts or self._is_permanent(error)
+        if gives_up:
             self._fail_waiters(lambda: _again(error))
-        else:
+        elif not self._leased:
             self._fail_waiters(lambda: _again(error), most=1)
-        if self._waiters and not self.closed:
+        # Else the server works, but has no room for one more: who waits gets the next that is free.
+        if not self.closed and not gives_up:
             self._maybe_open()
 
     def _fail_waiters(self, error: Callable[[], BaseException], most: int | None = None) -> None:
@@ -557,21 +613,13 @@ class Pool(Generic[C]):
         ):
             self._discard(self._idle.popleft())
         self._maybe_open()
-        self._warn_of_leaks(now)
-        shortest = min(self.options.max_idle, self.options.max_lifetime, self._leak_warning or inf)
-        self._timer = self._loop.call_later(max(0.05, shortest / 4), self._housekeep)
-
-    def _warn_of_leaks(self, now: float) -> None:
-        for lease in list(self._leases) if self._leak_warning else ():
-            if not lease.warned and now - lease.since >= (self._leak_warning or 0.0):
-                lease.warned = True
-                logger.warning(
-                    "a connection of %r is held for %.1f s by %r; it was taken at %s",
-                    self.name,
-                    now - lease.since,
-                    lease.task,
-                    lease.site,
-                )
+        # Neither the pool nor the context of its first caller lives until the timer's end.
+        self._timer = self._loop.call_later(
+            max(0.05, min(self.options.max_idle, self.options.max_lifetime) / 4),
+            _housekeep,
+            weakref.ref(self),
+            context=contextvars.Context(),
+        )
 
     def _is_stale(self, entry: _Entry[C], now: float) -> bool:
         return now - entry.idle_since >= self.options.max_idle or entry.expires <= now
@@ -582,13 +630,16 @@ class Pool(Generic[C]):
             await self._drained.wait()
 
     def _can_spawn(self) -> bool:
-        return threading.get_ident() == self._thread and self._loop.is_running()
+        return asyncio._get_running_loop() is self._loop
 
-    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+    def _spawn(
+        self, coroutine: Coroutine[Any, Any, None], group: set[asyncio.Task[None]]
+    ) -> asyncio.Task[None]:
         # A context of its own: the task outlives the request that happened to start it.
         task = self._loop.create_task(coroutine, context=contextvars.Context())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        group.add(task)
+        task.add_done_callback(group.discard)
+        return task
 
 
 COUNTERS = (
@@ -614,10 +665,25 @@ async def _sentinel(pool: weakref.ref[Pool[Any]]) -> AsyncGenerator[None, None]:
             await alive._settle()
 
 
+def _housekeep(pool: weakref.ref[Pool[Any]]) -> None:
+    if (alive := pool()) is not None:
+        alive._housekeep()
+
+
+def _forget(remains: Awaitable[None] | None) -> None:
+    """Close what will not be awaited, so that Python does not warn of a coroutine never awaited."""
+    if isinstance(remains, Coroutine):
+        remains.close()
+
+
 def _again(error: BaseException) -> BaseException:
     """A copy of `error` to raise: one object raised in several tasks would collect all their
     tracebacks."""
-    fresh = copy.copy(error)
+    try:
+        fresh = copy.copy(error)
+    except Exception:
+        # Its class cannot be made from its arguments alone.
+        return error.with_traceback(None)
     fresh.__cause__ = error.__cause__
     return fresh
 

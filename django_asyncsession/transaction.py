@@ -545,7 +545,7 @@ class Transaction:
     async def _leased(self) -> BridgedMixin:
         if self._lease is None:
             lease = await self._database.acquire()
-            lease.connection.lease = lease
+            lease.connection.lease = lease.token
             self._lease = lease
         return self._lease.connection
 

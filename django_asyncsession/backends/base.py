@@ -7,9 +7,8 @@ import copy
 import dataclasses
 import enum
 import logging
-import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -44,8 +43,6 @@ else:
 
 logger = logging.getLogger("django_asyncsession")
 
-# Characters of a statement that a log line shows.
-SQL_LOG_LENGTH = 2000
 # Which module holds the mixin for a wrapper class that derives from one of Django's; the driver is
 # imported there.
 MIXINS = {
@@ -126,16 +123,15 @@ class WatchedCursorMixin(CursorWrapper if TYPE_CHECKING else object):  # type: i
         self._check_lease()
         return iter(super().__iter__())
 
-    def _execute_with_wrappers(self, sql: Any, *args: Any, **kwargs: Any) -> Any:
+    def execute(self, sql: Any, params: Any = None) -> Any:
         self._check_lease()
         self.db.before_statement(sql)
-        if self.db.slow_query_seconds is None:
-            return super()._execute_with_wrappers(sql, *args, **kwargs)
-        started = time.monotonic()
-        try:
-            return super()._execute_with_wrappers(sql, *args, **kwargs)
-        finally:
-            self.db.note_time(sql, time.monotonic() - started)
+        return super().execute(sql, params)
+
+    def executemany(self, sql: Any, param_list: Any) -> Any:
+        self._check_lease()
+        self.db.before_statement(sql)
+        return super().executemany(sql, param_list)
 
     def _check_lease(self) -> None:
         if self.__dict__.get("lease") is not self.db.lease:
@@ -186,8 +182,6 @@ class BridgedMixin(_Wrapper):
     dead = False
     # What carried over from the last lease must be reset before the next.
     touched = False
-    # Seconds from which a statement is logged as slow; None logs none.
-    slow_query_seconds: float | None = None
     _opening = False
     _savepoint_name: str | None = None
 
@@ -199,6 +193,10 @@ class BridgedMixin(_Wrapper):
         try:
             with served(self):
                 self.ensure_connection()
+        except BaseException:
+            # Connected, but not set up (a role that does not exist): nobody else would close it.
+            self.abandon()
+            raise
         finally:
             self._opening = False
 
@@ -335,12 +333,6 @@ class BridgedMixin(_Wrapper):
 
     # Statements
 
-    def note_time(self, sql: Any, seconds: float) -> None:
-        """Log a statement that took `slow_query_seconds` or more; never its parameters."""
-        if self.slow_query_seconds is not None and seconds >= self.slow_query_seconds:
-            text = str(sql)[:SQL_LOG_LENGTH]
-            logger.warning("slow statement on %r: %.3f s: %s", self.alias, seconds, text)
-
     def before_statement(self, sql: Any) -> None:
         """Called with the text of each statement before it is sent.
 
@@ -408,7 +400,10 @@ class BridgedMixin(_Wrapper):
 
     def farewell(self) -> Awaitable[None] | None:
         """What remains after `abandon`: end what still runs on the server, and wait until the
-        server has let go."""
+        server has let go.
+
+        Anything but a coroutine is awaited again when the end of the loop cancelled it.
+        """
         return None
 
 
@@ -451,7 +446,9 @@ def served(wrapper: BridgedMixin) -> Iterator[None]:
         wrapper.serving = outer
         for alias, previous in changed:
             if previous is None:
-                del connections[alias]
+                # What was called may have removed it.
+                with suppress(AttributeError):
+                    del connections[alias]
             else:
                 connections[alias] = previous
 

@@ -8,7 +8,7 @@ import contextlib
 import os
 import socket
 import weakref
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Generator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import psycopg
@@ -59,7 +59,7 @@ class Connection(psycopg.Connection[Any]):
         self.begin_sql: bytes | None = None
         # A transaction was seen on the server; it was ended by SQL that is not ours.
         self.began = self.left_by_sql = False
-        self._remains: tuple[Any, int] | None = None
+        self._farewell: Farewell | None = None
 
     @classmethod
     def connect(cls, conninfo: str = "", **kwargs: Any) -> Connection:
@@ -121,39 +121,53 @@ class Connection(psycopg.Connection[Any]):
     def abandon(self) -> None:
         """Close the socket now, keeping what `farewell` needs to end the statement on the
         server."""
-        if self.closed:
-            return
-        cancel = None
-        if self.pgconn.transaction_status == ACTIVE and capabilities.has_cancel_safe():
-            cancel = self.pgconn.cancel_conn()
-        with contextlib.suppress(OSError, psycopg.Error):
-            self._remains = (cancel, os.dup(self.pgconn.socket))
-        self.close()
+        if not self.closed:
+            with contextlib.suppress(OSError, psycopg.Error):
+                runs = self.pgconn.transaction_status == ACTIVE and capabilities.has_cancel_safe()
+                cancel = self.pgconn.cancel_conn() if runs else None
+                self._farewell = Farewell(cancel, socket.socket(fileno=os.dup(self.pgconn.socket)))
+        # Also when the server has closed it: libpq may hold the socket still.
+        self.pgconn.finish()
 
-    async def farewell(self) -> None:
-        """Cancel what the server still runs for the abandoned connection, and wait until its
-        process is gone."""
-        if self._remains is None:
-            return
-        (cancel, fd), self._remains = self._remains, None
-        with socket.socket(fileno=fd) as sock:
-            sock.setblocking(False)
-            if cancel is not None:
-                with contextlib.suppress(psycopg.Error):
-                    cancel.start()
-                    await waiting.wait_conn_async(
-                        generators.cancel(cancel), interval=0.1, timeout=CANCEL_TIMEOUT
-                    )
-            # The server closes its end after its process has left every list of sessions.
-            with contextlib.suppress(OSError):
-                while await asyncio.get_running_loop().sock_recv(sock, 65536):
-                    pass
+    def farewell(self) -> Farewell | None:
+        """Take what is left to do on the server for the abandoned connection."""
+        farewell, self._farewell = self._farewell, None
+        return farewell
 
-    def __del__(self, *args: Any) -> None:
-        remains = getattr(self, "_remains", None)
-        if remains is not None:
-            os.close(remains[1])
-        super().__del__(*args)
+
+class Farewell:
+    """Cancels what the server still runs for a closed connection, and waits until its process is
+    gone.
+
+    Can be awaited again when it was cancelled; forgotten, it closes its copy of the socket.
+    """
+
+    def __init__(self, cancel: Any, sock: socket.socket) -> None:
+        self._cancel, self._socket = cancel, sock
+        self._cancel_started = False
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        return self._say().__await__()
+
+    async def _say(self) -> None:
+        if self._cancel is not None:
+            with contextlib.suppress(psycopg.Error):
+                if not self._cancel_started:
+                    self._cancel_started = True
+                    self._cancel.start()
+                await waiting.wait_conn_async(
+                    generators.cancel(self._cancel), interval=0.1, timeout=CANCEL_TIMEOUT
+                )
+            self._cancel = None
+        # The server closes its end after its process has left every list of sessions.
+        self._socket.setblocking(False)
+        with contextlib.suppress(OSError):
+            while await asyncio.get_running_loop().sock_recv(self._socket, 65536):
+                pass
+        self._socket.close()
+
+    def __del__(self) -> None:
+        self._socket.close()
 
 
 class _Connector(psycopg.AsyncConnection[Any]):
