@@ -80,9 +80,9 @@ def render_form(request: HttpRequest, form: OrderForm) -> HttpResponse:
 @inject_session
 async def order(request: HttpRequest, session: Session, pk: int) -> HttpResponse:
     """A saved order."""
-    try:
-        found = await session.run_sync(services.full_order, pk)
-    except Order.DoesNotExist as exc:
-        raise Http404(str(exc)) from exc
+    orders = session.select(Order).related("customer").prefetch("lines__book__author")
+    found = await orders.where(pk=pk).one_or_none()
+    if found is None:
+        raise Http404(f"there is no order {pk}")
     total = sum(line.total for line in found.lines.all())
     return render(request, "shop/order.html", {"order": found, "total": total})

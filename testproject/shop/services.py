@@ -7,7 +7,7 @@ from typing import Any
 
 from django.core.exceptions import BadRequest
 from django.core.paginator import EmptyPage, Page, Paginator
-from django.db.models import F, Prefetch, Q, QuerySet
+from django.db.models import F, Q, QuerySet
 
 from testproject.shop.errors import Conflict
 from testproject.shop.models import Book, Customer, Order, OrderLine, Stock
@@ -98,13 +98,6 @@ def customer_of(data: Mapping[str, Any]) -> Customer:
         email=data["email"].lower(), defaults={"name": data["name"]}
     )
     return customer
-
-
-def full_order(pk: int) -> Order:
-    """An order with its customer, lines, books and authors loaded."""
-    lines = OrderLine.objects.select_related("book__author")
-    orders = Order.objects.select_related("customer").prefetch_related(Prefetch("lines", lines))
-    return orders.get(pk=pk)
 
 
 def in_shop(book: Book) -> int:
