@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .columns import Condition as Condition
     from .decorators import inject_session as inject_session
     from .exceptions import *  # noqa: F403
+    from .executor import State as State
     from .interface import DatabaseInterface as DatabaseInterface
     from .interface import databases as databases
     from .queries import DeleteQuery as DeleteQuery
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from .tables import RowTable as RowTable
     from .tables import table as table
     from .transaction import Outcome as Outcome
-    from .transaction import State as State
     from .transaction import Transaction as Transaction
     from .writes import excluded as excluded
 
@@ -40,7 +40,8 @@ _MODULES = {
     "decorators": ("inject_session",),
     "interface": ("DatabaseInterface", "databases"),
     "session": ("Session",),
-    "transaction": ("Outcome", "State", "Transaction"),
+    "executor": ("State",),
+    "transaction": ("Outcome", "Transaction"),
     "tables": ("RowTable", "table"),
     "columns": ("Column", "Condition"),
     "queries": ("DeleteQuery", "InsertQuery", "SelectQuery", "UpdateQuery", "UpsertQuery"),

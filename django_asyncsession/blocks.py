@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from django.db.transaction import Atomic, TransactionManagementError
 
 from .backends.base import BridgedMixin
+from .checkout import CLEANUP_BUDGET, nothing_can_wait
+from .exceptions import SessionStateError
 from .statements import check_savepoint_name
 
 if TYPE_CHECKING:
     from .transaction import Transaction
+
+logger = logging.getLogger("django_asyncsession")
 
 
 class Block:
@@ -38,33 +43,21 @@ class Block:
     ) -> None:
         if name is not None:
             check_savepoint_name(name)
-        self._transaction, self.name, self._strict = transaction, name, strict
+        self._transaction, self.name, self._is_strict = transaction, name, strict
+        self.rollback_wanted = False
         self._atomic = Atomic(transaction.alias, savepoint, durable)
         self.task: asyncio.Task[Any] | None = None
         self.sid: str | None = None
 
     async def __aenter__(self) -> Self:
         self.task = asyncio.current_task()
-        await self._transaction._enter_block(self)
+        transaction = self._transaction
+        async with transaction._turn():
+            await transaction._serve(lambda: self._enter(transaction._wrapper))
+            transaction._blocks.append(self)
         return self
 
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self._transaction._leave_block(self, exc)
-
-    async def rollback(self) -> None:
-        """Undo what was done since the block began; the block goes on.
-
-        Raises:
-            SessionStateError: the block has no savepoint, or is not the innermost one.
-        """
-        await self._transaction._rollback_block(self)
-
-    def enter(self, wrapper: BridgedMixin) -> None:
+    def _enter(self, wrapper: BridgedMixin) -> None:
         """Create the savepoint; called in the bridge."""
         wrapper.savepoint_named(self.name)
         try:
@@ -73,19 +66,89 @@ class Block:
             wrapper.savepoint_named(None)
         self.sid = wrapper.savepoint_ids[-1] if wrapper.savepoint_ids else None
 
-    def leave(self, wrapper: BridgedMixin, error: BaseException | None) -> None:
-        """Release the savepoint, or roll back to it; called in the bridge.
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        transaction = self._transaction
+        if self not in transaction._blocks:
+            return  # the whole transaction ended meanwhile
+        if nothing_can_wait():
+            transaction.abandon()
+            return
+        try:
+            async with transaction._turn():
+                self._check_innermost("end")
+                await self._leave(exc)
+        except SessionStateError:
+            if exc is None:
+                raise
+            # What is on its way says more, and makes an outer end roll back.
+            logger.warning("a block of %r was not left in order", transaction.alias, exc_info=True)
+        except BaseException:
+            # Cancelled while it waited for its turn: nothing of the transaction may be saved.
+            if self in transaction._blocks:
+                transaction._lose_from(self)
+            raise
+
+    async def rollback(self) -> None:
+        """Undo what was done since the block began; the block goes on.
 
         Raises:
-            TransactionManagementError: an error inside the block was swallowed, and the block is
-                strict.
+            SessionStateError: the block has no savepoint, or is not the innermost one.
         """
-        swallowed = error is None and wrapper.needs_rollback and self._strict
-        cause = wrapper.rollback_exc
-        self._atomic.__exit__(type(error) if error else None, error, None)
-        if swallowed:
+        transaction = self._transaction
+        async with transaction._turn():
+            self._check_innermost("roll back")
+            if (sid := self.sid) is None:
+                raise SessionStateError(
+                    f"cannot roll back a block of {transaction.alias!r} that has no savepoint; "
+                    "raise an error to roll back the outer one"
+                )
+            await transaction._serve(lambda: transaction._send_rollback_to(sid))
+            self.rollback_wanted = False
+            await transaction._hooks.rolled_back(self)
+
+    async def _leave(self, error: BaseException | None) -> None:
+        transaction, hooks = self._transaction, self._transaction._hooks
+        transaction._pop_block()
+        outer, self.task = transaction._innermost, None
+        if transaction._checkout.is_lost:
+            hooks.pass_on(self, outer)
+            return
+        wrapper = transaction._wrapper
+        cause, failed = wrapper.rollback_exc, error is not None or wrapper.needs_rollback
+        if failed and self.sid is not None:
+            await self._undo(error)
+        else:
+            # Without a savepoint, what was done is undone with the outer block, if at all.
+            hooks.pass_on(self, outer)
+            await transaction._serve(lambda: self._exit(error))
+        if failed and error is None and self._is_strict and not self.rollback_wanted:
             raise TransactionManagementError(
-                f"an error in the nested block of {wrapper.alias!r} was swallowed, so the block "
-                "is rolled back; "
-                "let the error leave the block"
+                f"an error in the nested block of {transaction.alias!r} was swallowed, so the "
+                "block is rolled back; let the error leave the block"
             ) from cause
+
+    async def _undo(self, error: BaseException | None) -> None:
+        transaction = self._transaction
+        try:
+            await transaction._serve(lambda: self._exit(error), budget=CLEANUP_BUDGET)
+        except Exception:
+            if error is None:
+                raise
+            logger.exception("error ignored while rolling back a block of %r", transaction.alias)
+        await transaction._hooks.rolled_back(self)
+
+    def _exit(self, error: BaseException | None) -> None:
+        """Release the savepoint, or roll back to it; called in the bridge."""
+        self._atomic.__exit__(type(error) if error else None, error, None)
+
+    def _check_innermost(self, what: str) -> None:
+        if self._transaction._innermost is not self:
+            raise SessionStateError(
+                f"cannot {what} a block of {self._transaction.alias!r} that is not the innermost "
+                "one; leave the inner one first"
+            )

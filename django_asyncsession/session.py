@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import warnings
 from collections.abc import (
@@ -17,18 +18,21 @@ from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Any, ParamSpec, Self, TypeVar
 
-import sqlparse
 from django.db.models import Model
 
 from . import rows
 from .blocks import Block
+from .checkout import Source, nothing_can_wait
 from .exceptions import SessionClosedError, SessionStateError
+from .executor import Params, State
+from .hooks import call_now
 from .pool import creation_site
 from .queries import DeleteQuery, InsertQuery, Related, SelectQuery, UpdateQuery
 from .results import BaseResultSet, Row
-from .statements import check_one_statement
+from .statements import check_one_statement, split_script
 from .tables import RowTable, model_of
-from .transaction import Params, Source, State, Transaction, describe
+from .transaction import Outcome, Transaction
+from .turns import check_loop
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -88,6 +92,8 @@ class Session:
         self._state = State.NEW
         self._site = creation_site()
         self._entered = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._outcome: Outcome | None = None
         # The transaction in progress; in autocommit mode only while `atomic()` is open.
         self._transaction: Transaction | None = None
         self._released = False
@@ -99,12 +105,12 @@ class Session:
 
     def _describe(self) -> str:
         if self._transaction is not None:
-            return describe(self._transaction.state, len(self._transaction._blocks))
+            return self._transaction.describe()
         return self._state.value + (", autocommit" if self.autocommit else "")
 
     def __del__(self) -> None:
         transaction = getattr(self, "_transaction", None)
-        if transaction is not None and transaction._lease is not None:
+        if transaction is not None and transaction.holds_connection:
             warnings.warn(
                 f"{self!r} made at {self._site} was never closed; use `async with`, or await "
                 "session.close()",
@@ -123,6 +129,7 @@ class Session:
             SessionClosedError: the session is closed.
         """
         self._check_not_closed()
+        self._check_loop()
         if self._transaction is not None:
             raise SessionStateError(
                 f"{self!r} has begun already; nest with `async with session.begin_nested()`"
@@ -133,10 +140,13 @@ class Session:
             raise SessionStateError(
                 f"{self!r} has begun already; use `async with session.atomic()`"
             )
-        self._state = State.IDLE
+        self._set_begun()
         return self
 
     start = begin
+
+    def _set_begun(self) -> None:
+        self._state, self._loop = State.IDLE, asyncio.get_running_loop()
 
     async def commit(self) -> Self:
         """Commit and run the `on_commit` callbacks; the next statement begins a new transaction.
@@ -171,7 +181,7 @@ class Session:
             raise SessionStateError(
                 f"{what} in autocommit mode: every statement is committed already"
             )
-        transaction = self._transaction
+        transaction = await self._settled()
         if transaction is None:
             return
         try:
@@ -181,34 +191,45 @@ class Session:
                 self._state = State.CLOSED
             raise
         finally:
-            if transaction.state is State.CLOSED and self._transaction is transaction:
-                self._transaction = None
+            self._forget(transaction)
 
     async def close(self, *, has_error: bool = False) -> None:
         """Roll back what is not committed and give the connection back; closing twice does
         nothing."""
+        if not nothing_can_wait():
+            self._check_loop()
         self._state = State.CLOSED
         transaction = self._transaction
-        try:
-            if transaction is not None:
+        if transaction is not None:
+            try:
                 await transaction.close(has_error=has_error)
-        finally:
-            self._transaction = None
+            finally:
+                self._forget(transaction)
+
+    aclose = close
+
+    def _forget(self, transaction: Transaction) -> None:
+        if transaction.state is State.CLOSED:
+            self._outcome = transaction.outcome
+            if self._transaction is transaction:
+                self._transaction = None
 
     async def reset(self) -> Self:
         """Roll back, give the connection back, and be as new: to be begun again."""
         await self.close()
         self._state, self._entered, self._released = State.NEW, False, False
+        self._loop = self._outcome = None
         return self
 
     async def __aenter__(self) -> Self:
+        self._check_not_closed()
         if self._entered:
             raise SessionStateError(
                 f"{self!r} is entered already; nest with `async with session.begin_nested()`"
             )
         if self._state is State.NEW:
             await self.begin()
-        self._check_not_closed()
+        self._check_loop()
         self._entered = True
         return self
 
@@ -238,6 +259,16 @@ class Session:
     def in_transaction(self) -> bool:
         """Whether a transaction has begun and not ended."""
         return self._transaction is not None
+
+    @property
+    def transaction(self) -> Transaction | None:
+        """The transaction in progress, with the savepoints by name of the low-level API."""
+        return self._transaction
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """How the last transaction ended, as far as is known here; None before the first end."""
+        return self._outcome
 
     # Nested blocks
 
@@ -270,24 +301,29 @@ class Session:
                 yield
             return
         self._check_begun()
-        self._transaction = transaction = await self._new_transaction(autocommit=False).begin()
-        transaction.own()
+        self._transaction = transaction = self._new_transaction(autocommit=False)
         try:
             async with transaction:
+                transaction.own()
                 yield
         finally:
-            self._transaction = None
+            self._forget(transaction)
 
     @asynccontextmanager
     async def released(self) -> AsyncIterator[None]:
         """Commit and be without a connection for slow work that needs no database; carry on
         afterwards.
 
+        In autocommit mode there is no connection to give back.
+
         Raises:
             SessionStateError: a statement inside the block.
             As `commit`.
         """
-        await self.commit()
+        if self._is_one_statement_mode:
+            self._check_begun()
+        else:
+            await self.commit()
         self._released = True
         try:
             yield
@@ -326,15 +362,18 @@ class Session:
             SessionStateError: not begun; or a coroutine function in autocommit mode.
             TypeError: `func` cannot be called.
         """
-        if self.autocommit and self._transaction is None:
-            self._check_begun()
-            if inspect.iscoroutinefunction(func):
-                raise SessionStateError(
-                    "on_commit() cannot await in autocommit mode; await the coroutine yourself"
-                )
-            func()
-        else:
+        if not self._is_one_statement_mode:
             self._begun_transaction("on_commit()").on_commit(func, robust)
+            return
+        self._check_begun()
+        cannot_await = SessionStateError(
+            "on_commit() cannot await in autocommit mode; await the coroutine yourself"
+        )
+        if inspect.iscoroutinefunction(func):
+            raise cannot_await
+        if inspect.iscoroutine(result := call_now(func, robust)):
+            result.close()
+            raise cannot_await
 
     def on_rollback(self, func: Callable[[], Any]) -> None:
         """Call `func`, or await it, once the current block is rolled back. Its errors are logged.
@@ -391,11 +430,10 @@ class Session:
 
         def execute_script(transaction: Transaction) -> None:
             wrapper = transaction._wrapper
-            statements = [sql] if wrapper.multiple_statements else sqlparse.split(sql)
+            statements = [sql] if wrapper.multiple_statements else split_script(sql)
             with wrapper.cursor() as cursor:
                 for statement in statements:
-                    if statement.strip().strip(";").strip():
-                        cursor.execute(statement)
+                    cursor.execute(statement)
 
         async with self._working() as transaction:
             await transaction.run(execute_script, transaction)
@@ -712,8 +750,20 @@ class Session:
     async def _current(self) -> Transaction:
         """The transaction in progress; begun now if the last one has ended."""
         self._check_begun()
-        if self._transaction is None:
-            self._transaction = await self._new_transaction().begin()
+        transaction = await self._settled()
+        if transaction is None:
+            transaction = self._transaction = await self._new_transaction().begin()
+        return transaction
+
+    async def _settled(self) -> Transaction | None:
+        """The transaction in progress, once those that another task ends have ended: who comes
+        after a commit goes on in the next transaction."""
+        while (transaction := self._transaction) is not None and transaction.is_ending:
+            async with transaction._turns:
+                if transaction.is_ending and transaction.state is State.OPEN:
+                    # This very task is in the middle of it, in a callback.
+                    break
+            self._check_begun()
         return self._transaction
 
     def _begun_transaction(self, what: str) -> Transaction:
@@ -735,7 +785,8 @@ class Session:
                 raise SessionStateError(
                     f"{self!r} has not begun; use `async with session:`, or await session.begin()"
                 )
-            self._state = State.IDLE
+            self._set_begun()
+        self._check_loop()
         if self._released:
             raise SessionStateError(
                 f"{self!r} gave its connection back for the `released()` block; leave the block "
@@ -747,3 +798,6 @@ class Session:
             raise SessionClosedError(
                 f"the session of {self.alias!r} made at {self._site} is closed; make a new one"
             )
+
+    def _check_loop(self) -> None:
+        check_loop(self._loop, self.alias)

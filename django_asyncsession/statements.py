@@ -9,9 +9,12 @@ import sqlparse
 
 from .exceptions import MultipleStatements
 
-# A savepoint name is quoted, so what could end the quotes is refused; PostgreSQL cuts names at 63
-# bytes.
-SAVEPOINT_NAME = re.compile(r"""[^"'`\x00\\%]{1,63}""")
+# A savepoint name is quoted, so what could end the quotes is refused.
+SAVEPOINT_NAME = re.compile(r"""[^"'`\x00\\%]+""")
+# PostgreSQL cuts names here, and two long ones would be the same.
+MAX_NAME_BYTES = 63
+# Nothing but comments; what MySQL runs although it looks like a comment, /*! ... */, is none.
+NO_STATEMENT = re.compile(r"(?:[\s;]|--[^\n]*|#[^\n]*|/\*(?!M?!).*?\*/)*", re.DOTALL)
 
 
 def check_one_statement(sql: Any) -> None:
@@ -27,21 +30,26 @@ def check_one_statement(sql: Any) -> None:
         return
     if ";" not in sql.rstrip().rstrip(";"):
         return
-    statements = [s for s in sqlparse.split(sql) if s.strip().strip(";").strip()]
-    if len(statements) > 1:
+    count = len(split_script(sql))
+    if count > 1:
         raise MultipleStatements(
-            f"{len(statements)} statements where one is taken; use execute_script() for scripts"
+            f"{count} statements where one is taken; use execute_script() for scripts"
         )
+
+
+def split_script(sql: str) -> list[str]:
+    """The statements of a script, without those that are only comments."""
+    return [part for part in sqlparse.split(sql) if not NO_STATEMENT.fullmatch(part)]
 
 
 def check_savepoint_name(name: str) -> None:
     """Refuse a name that could not be quoted safely.
 
     Raises:
-        ValueError: quotes, backslash, percent sign or NUL in the name, or more than 63 characters.
+        ValueError: quotes, backslash, percent sign or NUL in the name, or more than 63 bytes.
     """
-    if not SAVEPOINT_NAME.fullmatch(name):
+    if not SAVEPOINT_NAME.fullmatch(name) or len(name.encode()) > MAX_NAME_BYTES:
         raise ValueError(
-            f"{name!r} cannot name a savepoint; use 1 to 63 characters without quotes, backslash, "
-            "% and NUL"
+            f"{name!r} cannot name a savepoint; use 1 to {MAX_NAME_BYTES} bytes without quotes, "
+            "backslash, % and NUL"
         )

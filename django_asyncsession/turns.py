@@ -6,7 +6,7 @@ import asyncio
 import contextvars
 from typing import Any
 
-from .exceptions import SessionInUseError
+from .exceptions import SessionInUseError, WrongLoopError
 from .pool import task_name
 
 # The turns that the current task, or one it descends from, is inside of.
@@ -49,3 +49,20 @@ class Turns:
     def held(self) -> contextvars.Token[tuple[object, ...]]:
         """Mark the current context as inside this turn."""
         return _held.set((*_held.get(), self._token))
+
+
+def check_loop(loop: asyncio.AbstractEventLoop | None, alias: str) -> None:
+    """Refuse to use what belongs to `loop` anywhere else.
+
+    Raises:
+        WrongLoopError: another event loop runs here, or none, as in a thread.
+    """
+    try:
+        running = asyncio.get_running_loop()
+    except RuntimeError:
+        running = None
+    if loop is not None and running is not loop:
+        raise WrongLoopError(
+            f"the session of {alias!r} belongs to {loop!r} and is used in {running!r}; "
+            "make a session in the loop that uses it"
+        )

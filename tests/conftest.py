@@ -14,7 +14,7 @@ from django.db import connections
 from django.test.utils import setup_databases, teardown_databases
 from pytest_django.plugin import DjangoDbBlocker
 
-from django_asyncsession import Session, databases
+from django_asyncsession import DatabaseInterface, Session, databases
 
 ALIASES = {"default": "postgresql", "sqlite": "sqlite", "mysql": "mysql"}
 
@@ -98,3 +98,10 @@ async def session(alias: str) -> AsyncIterator[Session]:
     finally:
         await session.close()
         await databases[alias].close()
+
+
+@pytest.fixture
+async def db(alias: str, empty_tables: None) -> AsyncIterator[DatabaseInterface]:
+    """Each database in turn; after the test its tables are emptied and its pool is closed."""
+    yield databases[alias]
+    await databases[alias].close()

@@ -1,0 +1,190 @@
+"""The connection of a transaction, taken from the pool when first needed and given back clean or
+closed."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Protocol, TypeVar
+
+from django.db import OperationalError
+
+from . import bridge
+from .backends.base import BridgedMixin, TransactionState, call_served
+from .exceptions import SessionClosedError
+from .pool import Lease
+
+logger = logging.getLogger("django_asyncsession")
+
+T = TypeVar("T")
+
+# Seconds that a rollback, or the reset of a connection, may take before the connection is closed
+# instead.
+CLEANUP_BUDGET = 2.0
+
+
+class Source(Protocol):
+    """What a transaction needs of its database: the alias and connections."""
+
+    @property
+    def alias(self) -> str: ...
+
+    async def acquire(self) -> Lease[BridgedMixin]: ...
+
+
+class Checkout:
+    """At most one connection, and the calls that run on it."""
+
+    def __init__(self, database: Source) -> None:
+        self._database = database
+        self._lease: Lease[BridgedMixin] | None = None
+        # The time limit of the call that runs, and what it raises when `stop` ends it.
+        self._limit: asyncio.Timeout | None = None
+        self._stopped_with: Exception | None = None
+
+    @property
+    def is_taken(self) -> bool:
+        """Whether there is a connection."""
+        return self._lease is not None
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the connection was closed, by a cancellation or by the server."""
+        return self._lease is None or (
+            self._lease.connection.abandoned
+            or self._lease.connection.transaction_state is TransactionState.UNKNOWN
+        )
+
+    @property
+    def wrapper(self) -> BridgedMixin:
+        """The connection.
+
+        Raises:
+            SessionClosedError: it was given back.
+        """
+        if self._lease is None:
+            raise SessionClosedError(
+                f"the transaction on {self._database.alias!r} has no connection any more"
+            )
+        return self._lease.connection
+
+    async def call(self, fn: Callable[[BridgedMixin], T], budget: float | None = None) -> T:
+        """Call `fn` in the bridge, with the connection as the one that Django uses.
+
+        Args:
+            budget: seconds after which the call is cut, and the connection closed with it.
+
+        Raises:
+            OperationalError: it took longer than `budget`.
+            Whatever `fn` raises, or was given to `stop`.
+        """
+        outer = self._limit
+        limit = asyncio.timeout(budget)
+        try:
+            async with limit:
+                self._limit = limit
+                wrapper = await self._take()
+                return await _call(wrapper, partial(fn, wrapper))
+        except TimeoutError as exc:
+            if not limit.expired():
+                raise
+            raise self._reason(budget) from exc
+        finally:
+            self._limit = outer
+
+    async def _take(self) -> BridgedMixin:
+        if self._lease is None:
+            lease = await self._database.acquire()
+            lease.connection.lease = lease.token
+            self._lease = lease
+        return self._lease.connection
+
+    def _reason(self, budget: float | None) -> Exception:
+        error, self._stopped_with = self._stopped_with, None
+        return error or OperationalError(
+            f"{self._database.alias!r} did not answer within {budget} s, so its connection is "
+            "closed"
+        )
+
+    def stop(self, error: Exception) -> None:
+        """Cut the call that runs, in another task; it raises `error`."""
+        if self._limit is not None and not self._limit.expired():
+            self._stopped_with = error
+            self._limit.reschedule(asyncio.get_running_loop().time())
+
+    async def give_back(self) -> None:
+        """Return the connection to its pool, reset; or close it when its state is not certain."""
+        lease, self._lease = self._lease, None
+        if lease is None:
+            return
+        wrapper, usable = lease.connection, False
+        try:
+            usable = not nothing_can_wait() and await _reset(wrapper)
+        finally:
+            wrapper.lease = None
+            # Of a closed connection too: an error that it keeps would keep the frames of its caller.
+            wrapper.scrub()
+            lease.release(usable=usable)
+
+    def abandon(self) -> None:
+        """Close the connection without awaiting."""
+        lease, self._lease = self._lease, None
+        if lease is not None:
+            lease.connection.lease = None
+            lease.connection.abandon()
+            lease.connection.scrub()
+            lease.release(usable=False)
+
+
+async def _call(wrapper: BridgedMixin, fn: Callable[[], T]) -> T:
+    before = cancels()
+    try:
+        result: T = await bridge.run(call_served, wrapper, fn)
+    except Exception as exc:
+        if wrapper.cut and cancels() > before:
+            # The task was cancelled in the call, and what unwound raised something else.
+            raise asyncio.CancelledError from exc
+        raise
+    return result
+
+
+async def _reset(wrapper: BridgedMixin) -> bool:
+    """Whether the connection could be brought back to how it was before."""
+    if wrapper.abandoned or wrapper.transaction_state is TransactionState.UNKNOWN:
+        return False
+    try:
+        async with asyncio.timeout(CLEANUP_BUDGET):
+            await bridge.run(call_served, wrapper, partial(_clean, wrapper))
+    except Exception as exc:
+        logger.warning(
+            "a connection of %r could not be reset and is closed: %s", wrapper.alias, exc
+        )
+        return False
+    return wrapper.transaction_state is TransactionState.IDLE
+
+
+def _clean(wrapper: BridgedMixin) -> None:
+    if wrapper.in_atomic_block or not wrapper.autocommit:
+        raise OperationalError("the transaction was not ended")
+    if wrapper.transaction_state is not TransactionState.IDLE:
+        logger.warning(
+            "a transaction begun by SQL on %r was left open and is rolled back; use "
+            "session.begin()",
+            wrapper.alias,
+        )
+        wrapper.rollback()
+    wrapper.reset()
+
+
+def cancels() -> int:
+    """How often the current task was asked to end and has not taken it back."""
+    task = asyncio.current_task()
+    return 0 if task is None else task.cancelling()
+
+
+def nothing_can_wait() -> bool:
+    """Whether the coroutine is being closed: whatever waits now would break that."""
+    return isinstance(sys.exception(), GeneratorExit)

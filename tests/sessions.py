@@ -1,0 +1,68 @@
+"""What the tests of sessions and transactions share: statements, what is saved, and whether the
+pool is whole."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from django_asyncsession import DatabaseInterface, Session
+from tests.faults import outcome_of
+
+INSERT = "INSERT INTO tests_user (name, level) VALUES (%s, 1)"
+COUNT = "SELECT COUNT(*) FROM tests_user"
+
+# A statement that takes the server a given time.
+_SLOW: dict[str, Callable[[float], str]] = {
+    "postgresql": lambda seconds: f"SELECT pg_sleep({seconds})",
+    "mysql": lambda seconds: f"SELECT SLEEP({seconds})",
+    # About 6 million steps of a recursion in a second.
+    "sqlite": lambda seconds: (
+        "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n "
+        f"WHERE i < {round(seconds * 6_000_000)}) SELECT COUNT(*) FROM n"
+    ),
+}
+
+
+def slow(db: DatabaseInterface, seconds: float = 0.3) -> str:
+    """SQL of a query that takes about so many seconds in the database."""
+    return _SLOW[db.vendor](seconds)
+
+
+async def names(db: DatabaseInterface) -> list[str]:
+    """Names of the users that are saved, as another connection sees them."""
+    async with db.get_session(autocommit=True) as session:
+        return [row[0] for row in await session.fetch_all("SELECT name FROM tests_user ORDER BY 1")]
+
+
+async def whole(db: DatabaseInterface) -> None:
+    """Assert that every connection of the pool can be had at the same moment, and none is in a
+    transaction."""
+    for _ in range(150):
+        stats = db.stats()
+        if stats["pool_size"] == stats["pool_available"]:
+            break
+        await asyncio.sleep(0.02)
+    assert stats["pool_size"] == stats["pool_available"] <= stats["pool_max"], stats
+    assert stats["requests_waiting"] == 0
+    leases = await asyncio.gather(*(db.acquire() for _ in range(stats["pool_max"])))
+    for lease in leases:
+        state = lease.connection.transaction_state.value
+        lease.release()
+        assert state == "idle"
+
+
+async def other_task(session: Session, sql: str = "SELECT 1") -> Any:
+    """What another task gets that runs a statement on the session."""
+    return await outcome_of(asyncio.create_task(session.fetch_value(sql), name="other"))
+
+
+async def soon(condition: Callable[[], Awaitable[bool] | bool], seconds: float = 3.0) -> bool:
+    """Whether the condition comes true within so many seconds."""
+    for _ in range(int(seconds / 0.02)):
+        outcome = condition()
+        if (await outcome) if isinstance(outcome, Awaitable) else outcome:
+            return True
+        await asyncio.sleep(0.02)
+    return False

@@ -1,0 +1,98 @@
+"""What is refused of SQL text and names before anything is sent."""
+
+from __future__ import annotations
+
+import pytest
+from django.db import DatabaseError
+from psycopg import sql as composed
+
+from django_asyncsession import DatabaseInterface, MultipleStatements
+from django_asyncsession.statements import check_one_statement, check_savepoint_name
+
+ONE = [
+    "SELECT 1",
+    "SELECT 1;",
+    "SELECT 1 ; ; ",
+    "SELECT ';'",
+    "SELECT 'it''s; fine'",
+    'SELECT 1 AS "a;b"',
+    "SELECT `a;b` FROM t",
+    "SELECT 1 -- one; two",
+    "SELECT 1; -- done",
+    "SELECT 1; /* done; */",
+    "SELECT 1; /* a */ -- b\n;",
+    "/* a; b */ SELECT 1",
+    "-- a; b\nSELECT 1;",
+    "DO $$ BEGIN PERFORM 1; PERFORM 2; END $$",
+    "CREATE FUNCTION f() RETURNS int LANGUAGE plpgsql AS $x$ BEGIN RETURN 1; END $x$;",
+    "CREATE TRIGGER t AFTER INSERT ON a BEGIN UPDATE b SET i=1; DELETE FROM c; END",
+    "",
+    " ; ",
+]
+MANY = [
+    ("SELECT 1; SELECT 2", 2),
+    ("SELECT 1;SELECT 2;", 2),
+    ("SELECT ';'; DROP TABLE x", 2),
+    ("SELECT 1; -- one\nDROP TABLE x", 2),
+    ("/* ; */ SELECT 1; /* ; */ SELECT 2; SELECT 3", 3),
+    ("SELECT CASE WHEN 1=1 THEN 2 END; DROP TABLE x", 2),
+    ("CREATE TABLE a (i int); DROP TABLE b", 2),
+    ("BEGIN; DELETE FROM x", 2),
+    # MySQL runs what is in such a comment.
+    ("SELECT 1; /*! DROP TABLE x */", 2),
+]
+
+
+@pytest.mark.parametrize("sql", ONE)
+def test_one_statement_is_taken_whatever_semicolons_it_quotes(sql: str) -> None:
+    check_one_statement(sql)
+
+
+@pytest.mark.parametrize(("sql", "count"), MANY)
+def test_more_than_one_statement_is_refused_with_their_number(sql: str, count: int) -> None:
+    with pytest.raises(
+        MultipleStatements, match=f"^{count} statements where one is taken; use execute_script"
+    ):
+        check_one_statement(sql)
+
+
+def test_sql_composed_by_the_driver_is_taken_and_other_objects_are_not() -> None:
+    check_one_statement(composed.SQL("SELECT {}").format(composed.Literal(1)))
+    for wrong in (None, 1, b"SELECT 1", ["SELECT 1"]):
+        with pytest.raises(TypeError, match=f"SQL must be a string, not {type(wrong).__name__}"):
+            check_one_statement(wrong)
+
+
+@pytest.mark.parametrize("name", ["a", "sp 1", "a-b", "ünïcode", "x" * 63, "select", "a;b"])
+def test_a_savepoint_name_may_be_what_can_be_quoted(name: str) -> None:
+    check_savepoint_name(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["", 'a"b', "a'b", "a`b", "a\\b", "a\0b", "100%", "x" * 64, "é" * 32]
+)
+def test_a_savepoint_name_that_cannot_be_quoted_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="cannot name a savepoint; use 1 to 63"):
+        check_savepoint_name(name)
+
+
+async def test_two_statements_are_refused_before_anything_is_sent(db: DatabaseInterface) -> None:
+    both = "INSERT INTO tests_user (name, level) VALUES ('a', 1); DELETE FROM tests_user"
+    async with db.get_session() as session:
+        for refused in (
+            session.execute(both),
+            session.cursor(both),
+            session.fetch(both),
+            session.fetch_value(both),
+            session.fetch_all(both),
+            session.execute_many(both, []),
+            anext(session.stream(both)),
+        ):
+            with pytest.raises(MultipleStatements) as caught:
+                await refused
+            assert isinstance(caught.value, DatabaseError)
+        assert db.stats()["requests_num"] == 0
+    async with db.get_transaction() as transaction:
+        for refused in (transaction.execute(both), transaction.cursor(both)):
+            with pytest.raises(MultipleStatements):
+                await refused
