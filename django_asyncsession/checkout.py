@@ -125,7 +125,7 @@ class Checkout:
             usable = not nothing_can_wait() and await _reset(wrapper)
         finally:
             wrapper.lease = None
-            # Of a closed connection too: an error that it keeps would keep the frames of its caller.
+            # A closed one too: an error that it keeps would keep the frames of its caller.
             wrapper.scrub()
             lease.release(usable=usable)
 

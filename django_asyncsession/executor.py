@@ -218,4 +218,4 @@ class Executor:
         wrapper = self._wrapper
         if wrapper.in_atomic_block and not wrapper.needs_rollback:
             wrapper.needs_rollback = True
-            wrapper.rollback_exc = error  # type: ignore[assignment]
+            wrapper.rollback_exc = error

@@ -503,7 +503,11 @@ class Session:
             rows = self._stream_sql(query, params, chunk_size)
         try:
             async for row in rows:
-                yield row
+                try:
+                    yield row
+                except GeneratorExit:
+                    # Closed between two rows, where waiting is allowed, to end in order.
+                    return
         finally:
             await rows.aclose()
 
@@ -515,7 +519,10 @@ class Session:
             await transaction.stream(sql, params, chunk_size) as result,
         ):
             async for row in result:
-                yield row
+                try:
+                    yield row
+                except GeneratorExit:
+                    return  # as in `stream`
 
     @asynccontextmanager
     async def hold(self) -> AsyncIterator[Transaction]:

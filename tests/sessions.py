@@ -7,6 +7,8 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from django.test import override_settings
+
 from django_asyncsession import DatabaseInterface, Session
 from tests.faults import outcome_of
 
@@ -66,3 +68,8 @@ async def soon(condition: Callable[[], Awaitable[bool] | bool], seconds: float =
             return True
         await asyncio.sleep(0.02)
     return False
+
+
+def pool(db: DatabaseInterface, **options: Any) -> override_settings:
+    """Give the pool these options, when it is made inside the block."""
+    return override_settings(ASYNC_SESSION={"POOLS": {db.alias: options}})
