@@ -94,6 +94,8 @@ class Checkout:
             raise self._reason(budget) from exc
         finally:
             self._limit = outer
+            # It keeps the task, which keeps its exception, whose traceback keeps this frame.
+            del limit
 
     async def _take(self) -> BridgedMixin:
         if self._lease is None:

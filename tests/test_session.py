@@ -29,7 +29,6 @@ from tests.faults import LoopProbe
 from tests.models import Author, Book, Tag, User
 from tests.sessions import COUNT, INSERT, names, pool, slow, soon, whole
 
-
 # Every call that needs a session in a certain state.
 CALLS: dict[str, Any] = {
     "commit": lambda s: s.commit(),

@@ -17,7 +17,8 @@ from django.core.exceptions import ImproperlyConfigured
 from django.db import connections
 from django.db.backends.utils import CursorWrapper
 from django.db.transaction import TransactionManagementError
-from django.db.utils import OperationalError, load_backend
+from django.db.utils import DatabaseErrorWrapper, Error, OperationalError, load_backend
+from django.utils.functional import cached_property
 from greenlet import getcurrent
 
 from django_asyncsession.bridge import await_, in_bridge
@@ -142,6 +143,22 @@ class WatchedCursorMixin(CursorWrapper if TYPE_CHECKING else object):  # type: i
             )
 
 
+class Errors(DatabaseErrorWrapper):
+    """Django's translation of the driver's errors, without the reference cycle that it makes.
+
+    The frame that raises the error has it as a local, and so keeps it, with every frame that it
+    passes through (and a request's session) until the garbage collector runs.
+    """
+
+    def __exit__(self, *exc_info: Any) -> None:
+        try:
+            super().__exit__(*exc_info)
+        except Error as error:
+            assert error.__traceback__ is not None and error.__traceback__.tb_next is not None
+            error.__traceback__.tb_next.tb_frame.clear()
+            raise
+
+
 @cache
 def _watched(cursor_class: Any) -> type:
     return type(f"Watched{cursor_class.__name__}", (WatchedCursorMixin, cursor_class), {})
@@ -199,6 +216,11 @@ class BridgedMixin(_Wrapper):
             raise
         finally:
             self._opening = False
+
+    @cached_property
+    def wrap_database_errors(self) -> Errors:
+        """What Django's code runs the driver in."""
+        return Errors(self)
 
     def connect(self) -> None:
         if self.pooled and not self._opening:
