@@ -138,7 +138,7 @@ class Operators:
     """The comparisons that columns and computed columns share; all of them return a `Condition`."""
 
     def _compare(self, lookup: str, value: Any) -> Condition:
-        raise NotImplementedError
+        return Condition(Comparison(self, lookup, value))
 
     def __eq__(self, other: object) -> Condition:  # type: ignore[override]
         if _asked_by_django():
@@ -274,9 +274,6 @@ def _one_collection(values: tuple[Any, ...]) -> Any:
 
 class Computed(Operators, CombinedExpression):
     """The arithmetic of columns, such as `users.xp + 100`; it compares as columns do."""
-
-    def _compare(self, lookup: str, value: Any) -> Condition:
-        return Condition(Comparison(self, lookup, value))
 
     def resolve_expression(self, *args: Any, **kwargs: Any) -> Any:
         """Django's expression: inside a query nothing is left of the operators."""

@@ -245,14 +245,17 @@ def _key(row: Model) -> tuple[Any, ...]:
 
 def insert(row: Model, using: str) -> None:
     """Inserts the row through its own `save()`; keys and defaults are filled in."""
-    fill_defaults(row)
+    complete(row, using)
     row.save(using=using, force_insert=True)
     fetch_missing([row], using)
     remember([row], anew=True)
 
 
-def fill_defaults(row: Model) -> None:
+def complete(row: Model, using: str) -> None:
     """Gives the fields of a new row that were never set their defaults."""
+    if row._state.adding:
+        # Django took the default database when a related row was assigned, and would now refuse.
+        row._state.db = using
     for field in row._meta.concrete_fields:
         if field.attname not in row.__dict__ and not field.generated:
             setattr(row, field.attname, field.get_default())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, cast
 
 from django.db import NotSupportedError, connections, transaction
@@ -79,44 +80,53 @@ def insert(
     """
     by_model: dict[type[Model], list[Any]] = {}
     for row in instances:
+        rows.complete(row, using)
         by_model.setdefault(type(row), []).append(row)
+    plans = [_plan(m, group, using, conflict, returning) for m, group in by_model.items()]
     result: list[Any] = []
+    # What cannot work was refused above, outside of the block, which an error dooms.
     with transaction.atomic(using=using, savepoint=False):
-        for model, group in by_model.items():
-            result += _insert_into(model, group, using, conflict, returning)
+        for plan in plans:
+            result += plan()
     return list(instances) if returning is None else result
 
 
-def _insert_into(
+def _plan(
     model: type[Model],
     group: list[Any],
     using: str,
     conflict: Conflict | None,
     returning: tuple[Any, ...] | None,
-) -> list[Any]:
-    for row in group:
-        rows.fill_defaults(row)
+) -> Callable[[], list[Any]]:
     plain = conflict is None and returning is None
-    if any(p._meta.concrete_model is not model._meta.concrete_model for p in _parents(model)):
-        if not plain:
-            raise NotSupportedError(
-                f"{model.__name__!r} has parent tables, so one INSERT cannot write it; "
-                "use add(), without on_conflict and returning"
-            )
-        for row in group:
-            rows.insert(row, using)
-        return group
+    has_parents = any(
+        p._meta.concrete_model is not model._meta.concrete_model for p in _parents(model)
+    )
+    if has_parents and not plain:
+        raise NotSupportedError(
+            f"{model.__name__!r} has parent tables, so one INSERT cannot write it; "
+            "use add(), without on_conflict and returning"
+        )
+    for row in group:
+        row._prepare_related_fields_for_save(operation_name="insert")
+    if has_parents:
+        return partial(_insert_each, group, using)
     if plain:
-        _bulk_create(model, group, using)
-        return group
-    return _InsertStatement(model, group, using, conflict, returning).run()
+        return partial(_bulk_create, model, group, using)
+    return _InsertStatement(model, group, using, conflict, returning).run
+
+
+def _insert_each(group: list[Any], using: str) -> list[Any]:
+    for row in group:
+        rows.insert(row, using)
+    return group
 
 
 def _parents(model: type[Model]) -> Iterable[Any]:
     return cast(Iterable[Any], model._meta.all_parents)
 
 
-def _bulk_create(model: type[Model], group: list[Any], using: str) -> None:
+def _bulk_create(model: type[Model], group: list[Any], using: str) -> list[Any]:
     features = connections[using].features
     keyless = [row for row in group if None in rows.get_pk(row)]
     if keyless and not features.can_return_rows_from_bulk_insert and model._meta.auto_field:
@@ -127,6 +137,7 @@ def _bulk_create(model: type[Model], group: list[Any], using: str) -> None:
         model._base_manager.using(using).bulk_create(group)
     rows.fetch_missing(group, using)
     rows.remember(group, anew=True)
+    return group
 
 
 class _InsertStatement:
@@ -146,36 +157,29 @@ class _InsertStatement:
         if returning is not None:
             check_returning(self.connection, "INSERT")
 
-    def run(self) -> list[Any]:
-        self._prepare()
-        result = []
-        with_key = [row for row in self.group if None not in rows.get_pk(row)]
-        without = [row for row in self.group if None in rows.get_pk(row)]
-        fields = [f for f in self.model._meta.concrete_fields if not f.generated]
-        auto_less = [f for f in fields if not isinstance(f, AutoField)]
-        for batch, columns in ((with_key, fields), (without, auto_less)):
-            result += self._run_all(batch, columns)
-        for row in self.group:
-            row._state.adding, row._state.db = False, self.using
-        return result
-
-    def _prepare(self) -> None:
-        for row in self.group:
+        for row in group:
             if None in rows.get_pk(row):
                 row.pk = row._meta.pk.get_pk_value_on_save(row)
-            row._prepare_related_fields_for_save(operation_name="insert")
+        with_key = [row for row in group if None not in rows.get_pk(row)]
+        without = [row for row in group if None in rows.get_pk(row)]
+        self.batches = [
+            (batch, self._conflict_sql(batch)) for batch in (with_key, without) if batch
+        ]
 
-    def _run_all(self, batch: list[Any], fields: list[Any]) -> list[Any]:
-        if not batch:
-            return []
-        suffix, suffix_params = self._conflict_sql(batch)
-        size = self.connection.ops.bulk_batch_size(fields, batch)
-        # The parameters of the clause count against the same limit.
-        size = max(size - len(suffix_params), 1)
-        result: list[Any] = []
-        for start in range(0, len(batch), size):
-            part = batch[start : start + size]
-            result += self._run_one(part, fields, suffix, suffix_params)
+    def run(self) -> list[Any]:
+        fields = [f for f in self.model._meta.concrete_fields if not f.generated]
+        result = []
+        for batch, (suffix, params) in self.batches:
+            keyless = None in rows.get_pk(batch[0])
+            columns = [f for f in fields if not (keyless and isinstance(f, AutoField))]
+            size = self.connection.ops.bulk_batch_size(columns, batch)
+            # The parameters of the clause count against the same limit.
+            size = max(size - len(params), 1)
+            for start in range(0, len(batch), size):
+                part = batch[start : start + size]
+                result += self._run_one(part, columns, suffix, params)
+        for row in self.group:
+            row._state.adding, row._state.db = False, self.using
         return result
 
     def _run_one(
