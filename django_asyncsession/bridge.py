@@ -106,13 +106,13 @@ def await_(awaitable: Awaitable[T]) -> T:
     # The greenlet is not kept in a local: its own frame would refer to it, a cycle for the garbage
     # collector.
     if not in_bridge():
-        _discard(awaitable)
+        discard(awaitable)
         raise BridgeError(
             "await_() called outside bridge.run(); call it from sync code that session.run_sync() "
             "runs"
         )
     if getcurrent().closing:  # type: ignore[attr-defined]
-        _discard(awaitable)
+        discard(awaitable)
         raise BridgeError("nothing can be awaited while the suspended run() is being closed")
     parent = cast(greenlet, getcurrent().parent)
     # The garbage collector cannot look into a suspended greenlet: an awaitable held there, which
@@ -160,7 +160,7 @@ def answer_async_guards(explain: Callable[[], Exception | None]) -> None:
     django.utils.asyncio.get_running_loop = get_running_loop  # type: ignore[attr-defined]
 
 
-def _discard(awaitable: Awaitable[Any]) -> None:
+def discard(awaitable: Awaitable[Any] | None) -> None:
     """Close what will not be awaited, so that Python does not warn of a coroutine never awaited."""
     if inspect.iscoroutine(awaitable):
         awaitable.close()

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import os
 import time
+import weakref
 from collections.abc import Awaitable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import urlsplit
@@ -16,7 +17,7 @@ from django.db import connections
 from django.db.utils import ConnectionHandler
 
 from . import bridge
-from .backends.base import BridgedMixin, bridged_class, call_served, make_wrapper
+from .backends.base import BridgedMixin, Secret, bridged_class, call_served, make_wrapper
 from .conf import settings
 from .exceptions import ConfigurationError, UnknownAlias
 from .pool import COUNTERS, Lease, Pool, PoolOptions
@@ -51,6 +52,7 @@ class DatabaseInterface:
         self.alias = alias
         self._own_settings = settings_dict
         self._pools: dict[int, tuple[tuple[Any, ...], Pool[BridgedMixin]]] = {}
+        _interfaces.add(self)
 
     @classmethod
     def from_dsn(cls, dsn: str, alias: str | None = None) -> Self:
@@ -66,6 +68,8 @@ class DatabaseInterface:
         Raises:
             ConfigurationError: the text is not a database URL, or dj-database-url is not installed.
         """
+        # No frame may hold the password as text: an error page shows the locals of each frame.
+        dsn = Secret(dsn)
         parsed = _parse_dsn(dsn)
         handler = ConnectionHandler({"default": parsed})
         return cls(
@@ -126,8 +130,7 @@ class DatabaseInterface:
         Raises:
             ConfigurationError: pool options that cannot work.
         """
-        settings_dict = self._settings_dict
-        identity = tuple(settings_dict[name] for name in IDENTITY)
+        identity = tuple(self._settings_dict[name] for name in IDENTITY)
         loop = asyncio.get_running_loop()
         known, pool = self._pools.get(id(loop), (None, None))
         if pool is not None and known == identity and not pool.closed and pool.belongs_to(loop):
@@ -145,7 +148,7 @@ class DatabaseInterface:
         except RuntimeError:
             return None
         _, pool = self._pools.get(id(loop), (None, None))
-        return pool
+        return pool if pool is not None and pool.belongs_to(loop) else None
 
     def _make_pool(self) -> Pool[BridgedMixin]:
         return Pool(
@@ -161,7 +164,8 @@ class DatabaseInterface:
         for key, (_, pool) in list(self._pools.items()):
             if pool.is_orphaned:
                 pool.terminate()
-                del self._pools[key]
+                # Another thread may have been faster.
+                self._pools.pop(key, None)
 
     def _forget_pools(self) -> None:
         for _, pool in self._pools.values():
@@ -172,14 +176,18 @@ class DatabaseInterface:
 
     async def _open_connection(self) -> BridgedMixin:
         wrapper = make_wrapper(self.alias, self._settings_dict)
-        await bridge.run(wrapper.open)
+        try:
+            await bridge.run(wrapper.open)
+        except BaseException:
+            # Connected, but not set up (a role that does not exist): nobody else would close it.
+            bridge.discard(_close(wrapper))
+            raise
         return wrapper
 
     def _pool_options(self) -> PoolOptions:
-        settings_dict = self._settings_dict
         given: Any = settings.POOLS.get(self.alias)
         if given is None:
-            given = settings_dict["OPTIONS"].get("pool")
+            given = self._settings_dict["OPTIONS"].get("pool")
         options = dict(given) if isinstance(given, Mapping) else {}
         if unknown := options.keys() - POOL_OPTIONS - IGNORED_OPTIONS:
             raise ConfigurationError(
@@ -187,7 +195,7 @@ class DatabaseInterface:
                 f"{sorted(POOL_OPTIONS)}"
             )
         known = {name: value for name, value in options.items() if name in POOL_OPTIONS}
-        known["check"] = bool(known.get("check", settings_dict["CONN_HEALTH_CHECKS"]))
+        known["check"] = bool(known.get("check", self._settings_dict["CONN_HEALTH_CHECKS"]))
         return PoolOptions(**known)
 
     def stats(self) -> dict[str, int]:
@@ -315,11 +323,13 @@ class Databases:
                 stack.push_async_callback(interface.close, grace)
 
     def forget_pools(self) -> None:
-        """Let a forked child begin without its parent's connections."""
-        for interface in self._interfaces.values():
+        """Let a forked child begin without its parent's connections, those of `from_dsn`
+        included."""
+        for interface in list(_interfaces):
             interface._forget_pools()
 
 
+_interfaces: weakref.WeakSet[DatabaseInterface] = weakref.WeakSet()
 databases = Databases()
 _of_parent_process: list[Any] = []
 os.register_at_fork(after_in_child=databases.forget_pools)
@@ -350,6 +360,7 @@ def _parse_dsn(dsn: str) -> dict[str, Any]:
             f"not a database URL (scheme {scheme!r}); write "
             "postgresql://user:password@host:port/name"
         ) from None
+    parsed["PASSWORD"] = Secret(parsed["PASSWORD"])
     options = parsed.setdefault("OPTIONS", {})
     pool = {
         name.removeprefix("pool_"): options.pop(name)

@@ -27,6 +27,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
+from .bridge import discard
 from .exceptions import ConfigurationError, PoolClosed, PoolTimeout, TooManyWaiting, WrongLoopError
 
 logger = logging.getLogger("django_asyncsession.pool")
@@ -498,7 +499,7 @@ class Pool(Generic[C]):
 
     def _let_go(self, remains: Awaitable[None] | None) -> None:
         if remains is None or not self._can_spawn():
-            _forget(remains)
+            discard(remains)
             self._free()
         else:
             self._finish_later(remains, self._loop.time() + CLOSE_BUDGET)
@@ -523,7 +524,7 @@ class Pool(Generic[C]):
             # sentinel waits for it.
             self._finish_later(remains, deadline)
         else:
-            _forget(remains)
+            discard(remains)
             self._free()
 
     def _free(self) -> None:
@@ -668,12 +669,6 @@ async def _sentinel(pool: weakref.ref[Pool[Any]]) -> AsyncGenerator[None, None]:
 def _housekeep(pool: weakref.ref[Pool[Any]]) -> None:
     if (alive := pool()) is not None:
         alive._housekeep()
-
-
-def _forget(remains: Awaitable[None] | None) -> None:
-    """Close what will not be awaited, so that Python does not warn of a coroutine never awaited."""
-    if isinstance(remains, Coroutine):
-        remains.close()
 
 
 def _again(error: BaseException) -> BaseException:

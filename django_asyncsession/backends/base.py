@@ -210,10 +210,6 @@ class BridgedMixin(_Wrapper):
         try:
             with served(self):
                 self.ensure_connection()
-        except BaseException:
-            # Connected, but not set up (a role that does not exist): nobody else would close it.
-            self.abandon()
-            raise
         finally:
             self._opening = False
 
@@ -542,19 +538,24 @@ def make_wrapper(alias: str, settings_dict: Mapping[str, Any]) -> BridgedMixin:
     Raises:
         ConfigurationError: the engine cannot be bridged.
     """
-    own = copy.deepcopy(dict(settings_dict))
+    # The argument too is a local of this frame, which an error page would show.
+    settings_dict = own = _masked(settings_dict)
     # The pool is ours; Django's own, in the same place, must not open one beside it.
     own["OPTIONS"].pop("pool", None)
-    if isinstance(own["PASSWORD"], str):
-        own["PASSWORD"] = Secret(own["PASSWORD"])
-    for name in SECRET_OPTIONS & own["OPTIONS"].keys():
-        if isinstance(own["OPTIONS"][name], str):
-            own["OPTIONS"][name] = Secret(own["OPTIONS"][name])
     # How long a connection lives, and when it is checked, is the pool's business.
     own.update(CONN_MAX_AGE=None, CONN_HEALTH_CHECKS=False, AUTOCOMMIT=True)
     wrapper: Any = bridged_class(own["ENGINE"])(own, alias)
     wrapper.pooled = True
     return wrapper  # type: ignore[no-any-return]
+
+
+def _masked(settings_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of an alias's settings whose passwords print as stars."""
+    own = copy.deepcopy(dict(settings_dict))
+    for place, name in ((own, "PASSWORD"), *((own["OPTIONS"], name) for name in SECRET_OPTIONS)):
+        if isinstance(place.get(name), str):
+            place[name] = Secret(place[name])
+    return own
 
 
 def call_served(wrapper: BridgedMixin, fn: Callable[[], Any]) -> Any:

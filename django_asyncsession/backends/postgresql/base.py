@@ -129,6 +129,11 @@ class Connection(psycopg.Connection[Any]):
         # Also when the server has closed it: libpq may hold the socket still.
         self.pgconn.finish()
 
+    def __del__(self, *args: Any) -> None:
+        # Of a pooled connection the lease, or the session, has told already.
+        if getattr(self, "wrapper", None) is None:
+            super().__del__(*args)
+
     def farewell(self) -> Farewell | None:
         """Take what is left to do on the server for the abandoned connection."""
         farewell, self._farewell = self._farewell, None

@@ -1,0 +1,737 @@
+"""Databases and their interfaces: aliases, DSNs, pool options, secrets, loops that come and go."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import psycopg
+import pytest
+from django.db import DatabaseError, OperationalError, connections
+from django.db.utils import ConnectionDoesNotExist
+from django.test import override_settings
+from django.views.debug import ExceptionReporter
+
+from django_asyncsession import DatabaseInterface, databases
+from django_asyncsession.exceptions import (
+    ConfigurationError,
+    PoolTimeout,
+    UnknownAlias,
+    WrongLoopError,
+)
+from tests.faults import Elapsed, FaultProxy, LoopProbe, OwnServer, outcome_of, watchdog
+
+SECRET = "s3kr1t-word"
+
+
+@pytest.fixture(autouse=True)
+def _no_freeze() -> Iterator[None]:
+    with watchdog(60):
+        yield
+
+
+@pytest.fixture(scope="module")
+def own_server() -> Iterator[OwnServer]:
+    """A server of this module's own, where `guarded` needs a password."""
+    server = OwnServer()
+    yield server
+    server.stop()
+
+
+def test_dsn(**parameters: Any) -> str:
+    """A DSN of the test database on the shared server."""
+    settings = connections["default"].settings_dict
+    login = quote(settings["USER"], safe="")
+    if settings["PASSWORD"]:
+        login += f":{quote(settings['PASSWORD'], safe='')}"
+    host, port = parameters.pop("host", settings["HOST"]), parameters.pop("port", settings["PORT"])
+    query = "&".join(f"{name}={quote(str(value), safe='')}" for name, value in parameters.items())
+    return f"postgresql://{login}@{quote(host, safe='')}:{port or 5432}/{settings['NAME']}?{query}"
+
+
+test_dsn.__test__ = False  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def name() -> str:
+    """An application_name that only this test uses."""
+    return f"das-test-{uuid.uuid4().hex[:12]}"
+
+
+def sessions_of(name: str) -> int:
+    """How many server sessions there are under an application_name; asked on a connection of its
+    own."""
+    with psycopg.connect(test_dsn(), autocommit=True) as connection:
+        [[count]] = connection.execute(
+            "SELECT count(*) FROM pg_stat_activity WHERE application_name = %s", [name]
+        ).fetchall()
+    return int(count)
+
+
+async def gone(name: str, seconds: float = 1) -> bool:
+    """Whether no server session is left under the name after a while."""
+    deadline = time.monotonic() + seconds
+    while sessions_of(name):
+        if time.monotonic() > deadline:
+            return False
+        await asyncio.sleep(0.02)
+    return True
+
+
+@pytest.fixture
+async def db(name: str) -> AsyncIterator[DatabaseInterface]:
+    """An interface of the test's own."""
+    interface = DatabaseInterface.from_dsn(test_dsn(application_name=name), alias="own")
+    yield interface
+    await interface.close()
+    assert await gone(name)
+
+
+# databases
+
+
+async def test_each_alias_has_one_interface() -> None:
+    assert databases["default"] is databases["default"]
+    assert databases["default"].alias == "default"
+    assert "default" in databases and "nowhere" not in databases and 3 not in databases
+    assert [db.alias for db in databases.all()] == list(databases) == list(connections.settings)
+
+
+def test_an_unknown_alias_is_named_beside_the_known_ones() -> None:
+    with pytest.raises(UnknownAlias, match=r"no database 'nowhere' .*'default'") as caught:
+        databases["nowhere"]
+    assert isinstance(caught.value, ConnectionDoesNotExist)
+
+
+async def test_it_knows_its_vendor_features_and_server_version() -> None:
+    db = databases["default"]
+    assert db.vendor == "postgresql" and db.features.has_select_for_update
+    with psycopg.connect(test_dsn()) as connection:
+        [[version]] = connection.execute("SHOW server_version").fetchall()
+    assert version.startswith(await db.get_db_server_version())
+    assert 0 < await db.ping() < 5
+    await db.close()
+
+
+async def test_sessions_use_the_name_that_the_test_runner_gave_the_database() -> None:
+    async with databases["default"].get_session() as session:
+        name = await session.fetch_value("SELECT current_database()")
+    assert name == connections["default"].settings_dict["NAME"]
+    await databases.close_all()
+
+
+async def test_a_renamed_database_gets_a_new_pool(name: str) -> None:
+    db = DatabaseInterface("renamed", dict(DatabaseInterface.from_dsn(test_dsn())._settings_dict))
+    first = (await db.connect()).pool()
+    db._own_settings["NAME"] = "postgres"  # type: ignore[index]
+    async with db.get_session() as session:
+        assert await session.fetch_value("SELECT current_database()") == "postgres"
+    assert first.closed and not db.pool().closed
+    await db.close()
+
+
+async def test_close_all_closes_all() -> None:
+    await databases["default"].connect()
+    pool = databases["default"].pool()
+    await databases.close_all()
+    assert pool.closed and not databases["default"].connected
+
+
+# Connecting
+
+
+async def test_connect_opens_and_close_closes_and_both_may_come_again(
+    db: DatabaseInterface, name: str
+) -> None:
+    assert not db.connected and sessions_of(name) == 0
+    assert await db.connect() is db
+    assert db.connected and sessions_of(name) == 1
+    await db.connect()
+    await db.close()
+    await db.close()
+    assert not db.connected and sessions_of(name) == 0
+    async with db:
+        assert db.connected
+    assert not db.connected
+
+
+async def test_close_returns_when_the_server_has_let_go(db: DatabaseInterface, name: str) -> None:
+    for _ in range(5):
+        async with asyncio.TaskGroup() as group:
+            for _ in range(5):
+                group.create_task(db.ping())
+        assert sessions_of(name) > 0
+        await db.close()
+        assert sessions_of(name) == 0
+
+
+async def test_first_use_by_a_hundred_tasks_at_once_makes_one_pool(
+    db: DatabaseInterface, name: str
+) -> None:
+    await asyncio.gather(*(db.ping() for _ in range(100)))
+    assert len(db._pools) == 1 and sessions_of(name) <= 10
+    assert db.stats()["connections_num"] <= 10
+
+
+async def test_connected_and_stats_need_no_loop(db: DatabaseInterface) -> None:
+    def outside() -> tuple[bool, int]:
+        return db.connected, db.stats()["pool_max"]
+
+    assert await asyncio.to_thread(outside) == (False, 10)
+
+
+async def test_stats_are_zero_before_first_use_and_have_the_same_keys_after(
+    db: DatabaseInterface,
+) -> None:
+    before = db.stats()
+    assert before["pool_max"] == 10 and sum(before.values()) == 10
+    await db.ping()
+    assert db.stats().keys() == before.keys() and db.stats()["requests_num"] == 1
+
+
+async def test_repr_says_what_it_is(db: DatabaseInterface) -> None:
+    assert repr(db) == "<DatabaseInterface 'own' postgresql not connected>"
+    await db.connect()
+    assert repr(db) == "<DatabaseInterface 'own' postgresql connected>"
+
+
+# Servers that refuse
+
+
+async def refusal(dsn: str) -> OperationalError:
+    """The error of the first session on a database, which must come within a second."""
+    db = DatabaseInterface.from_dsn(dsn, alias="refused")
+    async with LoopProbe() as probe:
+        with Elapsed() as took, pytest.raises(OperationalError) as caught:
+            async with db.get_session() as session:
+                await session.execute("SELECT 1")
+    await db.close()
+    assert took.seconds < 1 and probe.worst < 0.1
+    assert not isinstance(caught.value, PoolTimeout)
+    assert type(caught.value.__cause__).__module__.startswith("psycopg")
+    return caught.value
+
+
+async def test_a_server_that_is_down_is_told_within_a_second() -> None:
+    async with FaultProxy() as proxy:
+        await proxy.refuse()
+        error = await refusal(test_dsn(host="127.0.0.1", port=proxy.port))
+    assert "Connection refused" in str(error)
+
+
+async def test_a_database_that_does_not_exist_is_told_within_a_second(
+    own_server: OwnServer,
+) -> None:
+    error = await refusal(own_server.dsn(name="nowhere"))
+    assert 'database "nowhere" does not exist' in str(error)
+
+
+async def test_a_wrong_password_is_told_within_a_second(own_server: OwnServer) -> None:
+    error = await refusal(own_server.dsn("guarded", "wrong"))
+    assert 'password authentication failed for user "guarded"' in str(error)
+    assert "wrong" not in str(error)
+
+
+async def test_a_missing_password_is_told_within_a_second(own_server: OwnServer) -> None:
+    assert "no password supplied" in str(await refusal(own_server.dsn("guarded")))
+
+
+async def test_a_role_that_does_not_exist_is_told_within_a_second(own_server: OwnServer) -> None:
+    assert 'role "nobody" does not exist' in str(await refusal(own_server.dsn("nobody")))
+
+
+async def test_a_host_that_does_not_exist_is_told_without_a_stall() -> None:
+    db = DatabaseInterface.from_dsn(test_dsn(host="nowhere.invalid"), alias="refused")
+    async with LoopProbe() as probe:
+        with pytest.raises(OperationalError, match=r"nowhere\.invalid"):
+            await db.connect()
+    assert probe.worst < 0.1
+    await db.close()
+
+
+async def test_a_server_without_tls_is_not_used_in_plain_text(own_server: OwnServer) -> None:
+    async with FaultProxy() as proxy:
+        dsn = test_dsn(host="127.0.0.1", port=proxy.port, sslmode="require")
+        db = DatabaseInterface.from_dsn(dsn, alias="refused")
+        with pytest.raises(OperationalError, match="SSL"):
+            await db.connect()
+        # The request for TLS has eight bytes; nothing else was said.
+        assert proxy.received <= 8 * proxy.accepted
+        await db.close()
+
+
+async def test_a_service_that_is_not_defined_is_named() -> None:
+    db = DatabaseInterface.from_dsn(test_dsn(service="undefined-service"), alias="refused")
+    with pytest.raises(OperationalError, match="undefined-service"):
+        await db.connect()
+    await db.close()
+
+
+async def test_a_service_file_is_read(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    file = tmp_path / "services"
+    file.write_text(f"[shop]\napplication_name={name}\n")
+    monkeypatch.setenv("PGSERVICEFILE", str(file))
+    db = DatabaseInterface.from_dsn(test_dsn(service="shop"), alias="by service")
+    async with db:
+        assert sessions_of(name) == 1
+
+
+async def test_a_hundred_callers_do_not_try_a_wrong_password_a_hundred_times(
+    own_server: OwnServer,
+) -> None:
+    db = DatabaseInterface.from_dsn(own_server.dsn("guarded", "wrong"), alias="refused")
+    outcomes = await asyncio.gather(*(outcome_of(db.ping()) for _ in range(100)))
+    assert all("authentication failed" in str(outcome) for outcome in outcomes)
+    assert db.stats()["connections_num"] <= 10
+    for _ in range(20):
+        await outcome_of(db.ping())
+    assert db.stats()["connections_num"] <= 11
+    await db.close()
+
+
+async def test_a_role_option_that_cannot_be_assumed_leaves_no_session_behind(name: str) -> None:
+    dsn = test_dsn(application_name=name, assume_role="no_such_role")
+    db = DatabaseInterface.from_dsn(dsn, alias="refused")
+    gc.disable()
+    try:
+        for _ in range(3):
+            with pytest.raises(Exception, match="no_such_role"):
+                await db.connect()
+        assert await gone(name)
+    finally:
+        gc.enable()
+    await db.close()
+
+
+async def test_a_password_may_be_a_function_or_a_coroutine_function(own_server: OwnServer) -> None:
+    async def fetched() -> str:
+        await asyncio.sleep(0)
+        return OwnServer.PASSWORD
+
+    for password in (lambda: OwnServer.PASSWORD, fetched):
+        entry = dict(DatabaseInterface.from_dsn(own_server.dsn("guarded"))._settings_dict)
+        entry["OPTIONS"] = {"password": password}
+        async with DatabaseInterface("own", entry) as db:
+            assert db.connected
+
+
+# Unix sockets, IPv6
+
+
+async def test_a_unix_socket_is_a_host(own_server: OwnServer) -> None:
+    async with DatabaseInterface.from_dsn(own_server.dsn()) as db:
+        async with db.get_session() as session:
+            assert await session.fetch_value("SELECT inet_client_addr() IS NULL")
+        assert db.alias == f"{own_server.host}/postgres"
+
+
+def test_an_ipv6_address_is_a_host() -> None:
+    db = DatabaseInterface.from_dsn("postgresql://u@[::1]:5433/shop")
+    assert (db._settings_dict["HOST"], db._settings_dict["PORT"]) == ("::1", 5433)
+
+
+# DSNs
+
+
+async def test_a_password_with_any_characters_is_percent_decoded(own_server: OwnServer) -> None:
+    password = "p@ss/w:rd?#%+ ü"
+    with own_server.connect() as connection:
+        connection.execute(f"ALTER ROLE guarded PASSWORD '{password}'")
+        try:
+            db = DatabaseInterface.from_dsn(own_server.dsn("guarded", password))
+            async with db, db.get_session() as session:
+                assert await session.fetch_value("SELECT current_user") == "guarded"
+        finally:
+            connection.execute(f"ALTER ROLE guarded PASSWORD '{OwnServer.PASSWORD}'")
+
+
+async def test_parameters_are_options_and_those_of_the_pool_are_the_pools(name: str) -> None:
+    db = DatabaseInterface.from_dsn(
+        test_dsn(
+            pool_min_size=1,
+            pool_max_size=3,
+            pool_timeout=2.5,
+            pool_check="true",
+            application_name=name,
+        )
+    )
+    options = db.pool().options
+    assert (options.min_size, options.limit, options.timeout, options.check) == (1, 3, 2.5, True)
+    async with db:
+        assert sessions_of(name) == 1
+
+
+@pytest.mark.parametrize(
+    ("dsn", "part"),
+    [
+        (f"nonsense {SECRET}", "not a database URL (scheme '')"),
+        (f"gopher://u:{SECRET}@h/n", "scheme 'gopher'"),
+        (f"postgresql://u:{SECRET}@h:port/n", "scheme 'postgresql'"),
+        (f"postgresql://u:{SECRET}@h/n?pool_max_size=many", "pool_max_size='many'"),
+    ],
+)
+def test_a_dsn_that_is_none_says_what_one_looks_like_and_not_the_password(
+    dsn: str, part: str
+) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        DatabaseInterface.from_dsn(dsn)
+    error = caught.value
+    # The test's own frame holds the text, of course.
+    error = error.with_traceback(error.__traceback__ and error.__traceback__.tb_next)
+    assert part in str(error) and "_parse_dsn" in everything_of(error)
+    assert SECRET not in everything_of(error)
+
+
+# Pool options
+
+
+def with_pool(**pool: Any) -> DatabaseInterface:
+    entry = dict(DatabaseInterface.from_dsn(test_dsn())._settings_dict)
+    return DatabaseInterface("own", {**entry, "OPTIONS": {"pool": pool}})
+
+
+def test_pool_options_are_read_from_options_as_django_has_them() -> None:
+    assert with_pool(max_size=7, num_workers=9, name="x")._pool_options().limit == 7
+
+
+@pytest.mark.parametrize("value", [True, False, None])
+def test_a_pool_that_is_only_switched_has_the_defaults(value: Any) -> None:
+    entry = dict(DatabaseInterface.from_dsn(test_dsn())._settings_dict)
+    db = DatabaseInterface("own", {**entry, "OPTIONS": {"pool": value}})
+    assert db._pool_options().limit == 10
+
+
+def test_the_setting_comes_before_the_options() -> None:
+    with override_settings(ASYNC_SESSION={"POOLS": {"own": {"max_size": 3}}}):
+        assert with_pool(max_size=7)._pool_options().limit == 3
+
+
+@pytest.mark.parametrize(
+    ("pool", "message"),
+    [
+        ({"max_sise": 3}, r"unknown pool options \['max_sise'\] for 'own'; there are .*'max_size'"),
+        ({"max_size": 0}, r"max_size=0"),
+        ({"max_size": "20"}, r"pool option max_size is '20'; give a number"),
+        ({"timeout": -1}, r"pool option timeout is -1; give seconds above 0"),
+    ],
+)
+async def test_wrong_pool_options_are_named_on_first_use(pool: Any, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        await with_pool(**pool).connect()
+
+
+def test_conn_health_checks_turn_the_check_on() -> None:
+    entry = dict(DatabaseInterface.from_dsn(test_dsn())._settings_dict)
+    assert not DatabaseInterface("own", entry)._pool_options().check
+    assert DatabaseInterface("own", {**entry, "CONN_HEALTH_CHECKS": True})._pool_options().check
+
+
+# Secrets
+
+
+def everything_of(error: BaseException) -> str:
+    """All that Django's error pages and mails would show of an error, and its repr and str."""
+    texts = [repr(error), str(error)]
+    for debug in (True, False):
+        with override_settings(DEBUG=debug):
+            reporter = ExceptionReporter(None, type(error), error, error.__traceback__)
+            texts += [reporter.get_traceback_html(), reporter.get_traceback_text()]
+    return "\n".join(texts)
+
+
+async def failing(dsn: str, **more: Any) -> BaseException:
+    db = DatabaseInterface.from_dsn(dsn, alias="secretive")
+    del dsn  # this frame is shown as well
+    try:
+        async with db.get_session() as session:
+            await session.execute("SELECT 1")
+    except DatabaseError as error:
+        return error
+    finally:
+        await db.close()
+    raise AssertionError("no error")
+
+
+@pytest.mark.parametrize("failure", ["connect", "authentication", "tls", "option", "timeout"])
+async def test_no_error_page_shows_the_password(
+    failure: str, own_server: OwnServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(0)
+    async with FaultProxy() as proxy:
+        proxy.deaf = True
+        local = f"127.0.0.1:{proxy.port}"
+        dsns = {
+            "connect": f"postgresql://u:{SECRET}@127.0.0.1:1/n",
+            "authentication": own_server.dsn("guarded", SECRET),
+            "tls": f"postgresql://postgres:{SECRET}@127.0.0.1:5432/n?sslmode=require",
+            "option": f"postgresql://postgres:{SECRET}@127.0.0.1:5432/n?no_such_option=1",
+            "timeout": f"postgresql://u:{SECRET}@{local}/n?pool_timeout=0.1",
+        }
+        error = await _hidden(failing, dsns[failure])
+    text = everything_of(error)
+    assert failure in ("option",) or "session" in text
+    # The test's own frame holds the DSNs, but it is not in the traceback.
+    assert SECRET not in text
+    assert SECRET not in caplog.text
+
+
+async def _hidden(function: Any, dsn: str) -> BaseException:
+    task = asyncio.create_task(function(dsn))
+    del dsn
+    return await task  # type: ignore[no-any-return]
+
+
+async def test_nothing_shows_the_password(own_server: OwnServer) -> None:
+    db = DatabaseInterface.from_dsn(own_server.dsn("guarded", OwnServer.PASSWORD))
+    async with db:
+        session = db.get_session()
+        async with session:
+            wrapper: Any = await session.run_sync(lambda: connections[db.alias])
+            driver = wrapper.connection
+            shown = [repr(wrapper.settings_dict), repr(wrapper.get_connection_params())]
+            shown += [repr(driver), str(driver.info.dsn), repr(session), repr(session.__dict__)]
+        shown += [repr(db), str(db.__dict__), repr(db.pool()), str(db.pool().__dict__)]
+    assert not [text for text in shown if OwnServer.PASSWORD in text]
+
+
+# Loops
+
+
+def test_50_short_loops_leave_no_server_session(name: str) -> None:
+    db = DatabaseInterface.from_dsn(test_dsn(application_name=name), alias="own")
+
+    async def main() -> None:
+        await asyncio.gather(*(db.ping() for _ in range(3)))
+
+    for turn in range(50):
+        asyncio.run(main())
+        assert sessions_of(name) == 0
+        if turn == 5:
+            open_files = len(os.listdir("/proc/self/fd"))
+    assert len(os.listdir("/proc/self/fd")) <= open_files
+    assert len(db._pools) == 1
+
+
+def test_a_loop_that_is_only_closed_leaves_its_sessions_to_the_next_pool(name: str) -> None:
+    db = DatabaseInterface.from_dsn(test_dsn(application_name=name), alias="own")
+    for _ in range(3):
+        loop = asyncio.new_event_loop()
+        loop.run_until_complete(db.ping())
+        loop.close()
+        assert sessions_of(name) <= 2
+    asyncio.run(clean(db, name))
+
+
+async def clean(db: DatabaseInterface, name: str) -> None:
+    await db.ping()
+    await db.close()
+    assert await gone(name)
+
+
+def test_two_loops_in_two_threads_have_a_pool_each(name: str) -> None:
+    db = DatabaseInterface.from_dsn(test_dsn(application_name=name, pool_max_size=2), alias="own")
+    barrier, outcomes = threading.Barrier(2), []
+
+    async def main() -> None:
+        await db.connect()
+        await asyncio.to_thread(barrier.wait, 5)
+        await asyncio.gather(*(db.ping() for _ in range(20)))
+        outcomes.append(db.pool())
+
+    threads = [threading.Thread(target=lambda: asyncio.run(main())) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(map(id, outcomes))) == 2 and all(pool.closed for pool in outcomes)
+    assert sessions_of(name) == 0
+
+
+async def test_a_session_of_one_loop_is_refused_in_another(db: DatabaseInterface) -> None:
+    async with db.get_session() as session:
+        await session.execute("SELECT 1")
+        with pytest.raises(WrongLoopError, match="make a session in the loop"):
+            await asyncio.to_thread(lambda: asyncio.run(session.execute("SELECT 1")))
+
+
+async def test_an_interface_that_is_dropped_closes_its_connections(name: str) -> None:
+    db = DatabaseInterface.from_dsn(test_dsn(application_name=name), alias="own")
+    await db.connect()
+    assert sessions_of(name) == 1
+    del db
+    await asyncio.sleep(0)  # what the pool's tasks left to call
+    gc.collect()
+    assert await gone(name)
+
+
+# Processes
+
+
+def test_a_forked_child_uses_nothing_of_its_parent(name: str) -> None:
+    dsn = test_dsn(application_name=name, pool_max_size=3)
+    db = DatabaseInterface.from_dsn(dsn, alias="own")
+    loop = asyncio.new_event_loop()
+
+    async def parent() -> list[int]:
+        leases = [await db.acquire() for _ in range(3)]
+        pids = [lease.connection.connection.info.backend_pid for lease in leases]  # type: ignore[attr-defined]
+        for lease in leases:
+            lease.release()
+        return pids
+
+    async def child(pids: list[int]) -> bool:
+        async with db.get_session() as session:
+            pid = await session.fetch_value("SELECT pg_backend_pid()")
+        return pid not in pids
+
+    pids = loop.run_until_complete(parent())
+    reader, writer = os.pipe()
+    process = os.fork()
+    if process == 0:
+        try:
+            outcome = loop.run_until_complete(child(pids))
+            gc.collect()
+            os.write(writer, b"own" if outcome else b"shared")
+        finally:
+            os._exit(0)
+    os.waitpid(process, 0)
+    assert os.read(reader, 100) == b"own"
+    os.close(reader)
+    os.close(writer)
+    assert set(loop.run_until_complete(parent())) == set(pids)
+    loop.run_until_complete(db.close())
+    loop.close()
+
+
+SCRIPT = """
+import asyncio, sys
+import django
+from django.conf import settings
+settings.configure(INSTALLED_APPS=["django_asyncsession"], DATABASES={{}})
+django.setup()
+from django_asyncsession import DatabaseInterface
+db = DatabaseInterface.from_dsn({dsn!r}, alias="own")
+{code}
+"""
+
+
+def script(name: str, code: str) -> tuple[int, list[str]]:
+    """Run code in a process of its own, in development mode; its exit code and what it complained
+    of."""
+    text = SCRIPT.format(dsn=test_dsn(application_name=name), code=textwrap.dedent(code))
+    process = subprocess.run(
+        [sys.executable, "-X", "dev", "-c", text],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        cwd=Path(__file__).parent.parent,
+    )
+    # A busy machine is no fault: asyncio tells of steps of more than 0.1 s.
+    slow = ("Executing <", "poll ")
+    return process.returncode, [
+        line for line in process.stderr.splitlines() if not line.startswith(slow)
+    ]
+
+
+CLEAN_ENDS: dict[str, str] = {
+    "asyncio.run with a warm pool": """
+        async def main():
+            await asyncio.gather(*(db.ping() for _ in range(5)))
+        asyncio.run(main())
+    """,
+    "a task that still queries": """
+        async def forever():
+            async with db.get_session() as session:
+                await session.execute("SELECT pg_sleep(60)")
+        async def main():
+            main.task = asyncio.create_task(forever())
+            await asyncio.sleep(0.3)
+        asyncio.run(main())
+    """,
+    "a task that waits for a connection": """
+        async def forever():
+            async with db.get_session() as session:
+                await session.execute("SELECT pg_sleep(60)")
+        async def main():
+            main.tasks = [asyncio.create_task(forever()) for _ in range(20)]
+            await asyncio.sleep(0.5)
+        asyncio.run(main())
+    """,
+    "cancelled in a query at the very end": """
+        async def main():
+            try:
+                async with asyncio.timeout(0.2):
+                    async with db.get_session() as session:
+                        await session.execute("SELECT pg_sleep(60)")
+            except TimeoutError:
+                pass
+        asyncio.run(main())
+    """,
+    "an error at the very end": """
+        async def main():
+            async with db.get_session() as session:
+                await session.execute("SELECT 1")
+                raise KeyboardInterrupt
+        try:
+            asyncio.run(main())
+        except KeyboardInterrupt:
+            pass
+    """,
+    "a loop that is closed without its generators": """
+        loop = asyncio.new_event_loop()
+        loop.run_until_complete(db.ping())
+        loop.run_until_complete(db.close())
+        loop.close()
+    """,
+}
+
+
+@pytest.mark.parametrize("end", CLEAN_ENDS)
+def test_a_program_ends_quietly_and_its_server_sessions_with_it(end: str, name: str) -> None:
+    assert script(name, CLEAN_ENDS[end]) == (0, [])
+    deadline = time.monotonic() + 1
+    while sessions_of(name) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert sessions_of(name) == 0
+
+
+@pytest.mark.parametrize("how", ["closed", "left running"])
+def test_a_program_that_ends_with_an_open_session_says_one_line_at_most(
+    how: str, name: str
+) -> None:
+    end = {"closed": "loop.close()", "left running": "pass"}[how]
+    with Elapsed() as took:
+        code, lines = script(
+            name,
+            f"""
+            import warnings
+            warnings.simplefilter("default")
+            loop = asyncio.new_event_loop()
+            asyncio.set_event_loop(loop)
+            async def main():
+                session = db.get_session()
+                await session.begin()
+                await session.execute("SELECT 1")
+                return session
+            session = loop.run_until_complete(main())
+            {end}
+            """,
+        )
+    assert code == 0 and took.seconds < 10
+    # The loop that the program left open is its own affair.
+    lines = [line for line in lines if "unclosed event loop" not in line]
+    assert len([line for line in lines if "Warning" in line]) <= 1, lines
+    assert not [line for line in lines if "Traceback" in line or "Exception ignored" in line]
