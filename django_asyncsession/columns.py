@@ -583,7 +583,8 @@ class Like(_BuiltinLookup):
     lookup_name = "sql_like"
     prepare_rhs = False
     operator = "LIKE"
-    operator_mysql = "LIKE BINARY"
+    # Not LIKE BINARY, where `_` is a byte.
+    template_mysql = "CONVERT({} USING utf8mb4) COLLATE utf8mb4_bin LIKE {} ESCAPE %s"
 
     def get_prep_lookup(self) -> Any:
         """The pattern as text, with a lone backslash at its end standing for itself."""
@@ -611,8 +612,7 @@ class Like(_BuiltinLookup):
 
     def as_mysql(self, compiler: SQLCompiler, connection: BaseDatabaseWrapper) -> tuple[str, Any]:
         """The escape character travels as a parameter, right under every sql_mode."""
-        template = f"{{}} {self.operator_mysql} {{}} ESCAPE %s"
-        sql, params = self._written(compiler, connection, template)
+        sql, params = self._written(compiler, connection, self.template_mysql)
         return sql, (*params, "\\")
 
     def _written(
@@ -628,7 +628,7 @@ class ILike(Like):
 
     lookup_name = "sql_ilike"
     operator = "ILIKE"
-    operator_mysql = "LIKE"
+    template_mysql = "{} LIKE {} ESCAPE %s"
 
 
 class _KeyLike(KeyTransformTextLookupMixin, Like):

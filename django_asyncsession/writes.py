@@ -156,6 +156,7 @@ class _InsertStatement:
         self.connection = connections[using]
         if returning is not None:
             check_returning(self.connection, "INSERT")
+        self.asked = self._asked_fields()
 
         for row in group:
             if None in rows.get_pk(row):
@@ -189,7 +190,7 @@ class _InsertStatement:
         query.insert_values(fields, part)
         compiler = query.get_compiler(using=self.using)
         ((text, params),) = compiler.as_sql()
-        asked = self._asked_fields()
+        asked = self.asked
         found = run_returning(
             compiler, f"{text} {suffix}".rstrip(), (*params, *suffix_params), asked
         )
