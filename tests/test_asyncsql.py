@@ -334,7 +334,7 @@ def test_without_write_nothing_changes(users: str, sql: str) -> None:
 def test_with_write_the_change_is_committed(users: str) -> None:
     sql = "UPDATE tests_user SET name = 'x' WHERE level < 3"
     _, err = asyncsql(sql, "--database", users, "--write", "--yes")
-    assert "2 rows changed" in err and "committed" in err
+    assert "2 rows changed" in err and "2 rows in" in err and "committed" in err
     assert names(users) == ["x", "x", "=1+1"]
 
 

@@ -89,10 +89,10 @@ class Command(BaseCommand):
         self._say(describe(job))
         if job.write and not options["yes"]:
             self._confirm(job)
-        with audited(job) as printed, self._refusals_in_one_line(job):
-            asyncio.run(Run(job, self, printed).run())
+        with audited(job) as progress, self._refusals_in_one_line(job):
+            asyncio.run(Run(job, self, progress).run())
         what = "committed" if job.write else "rolled back"
-        self._say(f"{rows(printed.rows)} in {printed.seconds:.2f} s, {what}")
+        self._say(f"{rows(progress.rows)} in {progress.seconds:.2f} s, {what}")
 
     def _confirm(self, job: Job) -> None:
         if not sys.stdin.isatty():
@@ -128,9 +128,10 @@ def rows(number: int) -> str:
 
 
 @dataclasses.dataclass
-class Printed:
+class Progress:
     """How far the job has come."""
 
+    # Shown or changed.
     rows: int = 0
     started: float = dataclasses.field(default_factory=time.monotonic)
 
@@ -141,12 +142,12 @@ class Printed:
 
 
 @contextlib.contextmanager
-def audited(job: Job) -> Iterator[Printed]:
+def audited(job: Job) -> Iterator[Progress]:
     """Log one line about the job, however it ends."""
-    printed = Printed()
+    progress = Progress()
     outcome = "failed"
     try:
-        yield printed
+        yield progress
         outcome = "done"
     finally:
         logger.info(
@@ -155,8 +156,8 @@ def audited(job: Job) -> Iterator[Printed]:
             job.alias,
             "write" if job.write else "read",
             hashlib.sha256(job.sql.encode("utf-8", "surrogatepass")).hexdigest(),
-            printed.rows,
-            printed.seconds,
+            progress.rows,
+            progress.seconds,
             outcome,
         )
 
@@ -175,27 +176,23 @@ def _user() -> str:
 class Run:
     """Runs a job: its statements one after another in one transaction."""
 
-    def __init__(self, job: Job, command: Command, printed: Printed) -> None:
-        self._job, self._out, self._err, self._printed = (
-            job,
-            command.stdout,
-            command.stderr,
-            printed,
-        )
+    def __init__(self, job: Job, command: Command, progress: Progress) -> None:
+        self._job, self._progress = job, progress
+        self._out, self._err = command.stdout, command.stderr
         self._is_first = True
 
     async def run(self) -> None:
         """Run every statement; then commit or roll back."""
         self._end_on_sigterm()
         db = databases[self._job.alias]
-        progress = asyncio.create_task(self._show_progress())
+        shown = asyncio.create_task(self._show_progress())
         try:
             async with db.get_session(
                 read_only=not self._job.write, timeout=self._job.timeout
             ) as session:
                 await self._run_all(session)
         finally:
-            progress.cancel()
+            shown.cancel()
             self._clear_progress()
             await db.close()
 
@@ -224,6 +221,7 @@ class Run:
                 if result.keys:
                     await self._print(result)
                 elif result.rowcount >= 0:
+                    self._progress.rows += result.rowcount
                     self._say(f"{rows(result.rowcount)} changed")
 
     async def _print(self, result: BaseResultSet) -> None:
@@ -238,7 +236,7 @@ class Run:
             if shows:
                 self._write(form.rows([row.values() for row in shows]))
             shown += len(shows)
-            self._printed.rows += len(shows)
+            self._progress.rows += len(shows)
             if len(shows) < len(chunk):
                 self._say(f"only the first {rows(limit)}; --limit 0 shows all")
             if len(chunk) < wanted or len(shows) < len(chunk):
@@ -267,8 +265,8 @@ class Run:
         while self._err.isatty():
             await asyncio.sleep(PROGRESS_SECONDS)
             # Rows on the same terminal are progress enough.
-            if not (self._out.isatty() and self._printed.rows):
-                text = f"\r\x1b[K{self._printed.rows:,} rows, {self._printed.seconds:.0f} s"
+            if not (self._out.isatty() and self._progress.rows):
+                text = f"\r\x1b[K{self._progress.rows:,} rows, {self._progress.seconds:.0f} s"
                 self._err.write(text, style_func=str, ending="")
                 self._err.flush()
 
