@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import (
     AsyncGenerator,
     AsyncIterator,
@@ -12,12 +13,14 @@ from collections.abc import (
     Iterator,
     Mapping,
 )
+from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from itertools import islice
 from types import MappingProxyType
 from typing import Any, Generic, Protocol, Self, TypeVar, cast
 
 from django.core.exceptions import MultipleObjectsReturned
+from django.db import Error
 from django.db.models import Manager, Model, Q, QuerySet
 from django.db.models.expressions import OrderBy
 from django.db.models.query import ModelIterable
@@ -29,11 +32,21 @@ from .results import Row
 from .tables import RowTable, model_of, table
 from .writes import Conflict, excluded, path_of
 
+logger = logging.getLogger("django_asyncsession.queries")
+
 T = TypeVar("T")
 S = TypeVar("S")
 M = TypeVar("M", bound=Model)
 
 Source = type[M] | RowTable[M] | QuerySet[M] | Manager[M]
+
+
+class Runs(Protocol):
+    """One connection, for several calls."""
+
+    async def run(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
+        """Runs plain sync Django code on the connection."""
+        ...
 
 
 class Runner(Protocol):
@@ -46,6 +59,10 @@ class Runner(Protocol):
 
     async def run_sync(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
         """Runs plain sync Django code on the session's connection."""
+        ...
+
+    def hold(self) -> AbstractAsyncContextManager[Runs]:
+        """One connection for all calls of the block, also where each takes its own."""
         ...
 
 
@@ -481,17 +498,25 @@ class SelectQuery(_Filtered, Generic[T]):
 
     async def stream(self, chunk_size: int = 2000) -> AsyncGenerator[T, None]:
         """The rows one by one from a cursor on the server, `chunk_size` in memory at a time."""
-        run = self._session.run_sync
-        iterator = await run(self.queryset.iterator, chunk_size)
-        try:
-            while chunk := await run(self._take, iterator, chunk_size):
-                for row in chunk:
-                    yield row
-        finally:
-            await run(cast(Any, iterator).close)
+        async with self._session.hold() as held:
+            iterator = await held.run(self.queryset.iterator, chunk_size)
+            try:
+                while chunk := await held.run(self._take, iterator, chunk_size):
+                    for row in chunk:
+                        yield row
+            finally:
+                await _close(held, iterator)
 
     def _take(self, iterator: Iterator[Any], count: int) -> Results[T]:
         return self._shaped(list(islice(iterator, count)))
+
+
+async def _close(held: Runs, iterator: Any) -> None:
+    try:
+        await held.run(iterator.close)
+    except Error as exc:
+        # What ended the transaction ended the cursor, and is what the caller has to hear of.
+        logger.debug("closing the cursor of a stream failed: %s", exc)
 
 
 def _whole(what: str, count: int | None) -> int | None:
@@ -685,6 +710,10 @@ class UpdateQuery(_Written):
         """`set`, under asyncqlio's name."""
         return self.set(update)
 
+    def rows(self, *rows: Model) -> RowUpdateQuery:
+        """Updates these loaded rows, each to its own values, in as few statements as it takes."""
+        return RowUpdateQuery(self._session, rows)
+
     async def run(self) -> Any:
         """Updates the rows.
 
@@ -709,6 +738,29 @@ class UpdateQuery(_Written):
     def _field_name(self, path: str) -> str:
         (field,) = writes.fields_of(self._queryset.model, [path])
         return str(field.name)
+
+
+class RowUpdateQuery(_Query):
+    """An UPDATE of loaded rows, each to its own values; gives the number of rows matched.
+
+    It writes the columns that changed in any of them, without `save()` and its signals.
+    """
+
+    def __init__(self, session: Runner, rows: tuple[Model, ...]):
+        super().__init__(session)
+        self._rows = rows
+
+    def rows(self, *rows: Model) -> RowUpdateQuery:
+        """Also updates these rows."""
+        return RowUpdateQuery(self._session, (*self._rows, *rows))
+
+    def add_row(self, row: Model) -> RowUpdateQuery:
+        """Also updates this row."""
+        return self.rows(row)
+
+    async def run(self) -> int:
+        """Updates the rows; nothing is sent when none has changed."""
+        return await self._session.run_sync(writes.update_rows, self._rows, self._session.alias)
 
 
 def _setter(column: Any, value: Any) -> Setter:

@@ -19,6 +19,7 @@ from typing import Any, Final, TypeVar, cast
 
 import django
 from django.core.exceptions import ObjectDoesNotExist
+from django.core.files.base import File
 from django.db import DatabaseError, connections, transaction
 from django.db.models import (
     DEFERRED,
@@ -104,8 +105,10 @@ def _json_text(encoder: Any, value: Any) -> Any:
 
 
 def _file_name(value: Any) -> Any:
-    committed = getattr(value, "_committed", True)
-    return str(value) if value and committed else (None if committed else object())
+    if isinstance(value, File) and not getattr(value, "_committed", False):
+        # A new file, which may have the name of the one that it replaces.
+        return object()
+    return str(value) if value else None
 
 
 def _copy(value: Any) -> Any:

@@ -425,6 +425,23 @@ def _pairs(asked: tuple[Any, ...], fields: Sequence[Any]) -> Iterable[tuple[Any,
     return ((f.name, f) for f in fields)
 
 
+def update_rows(instances: Sequence[Any], using: str) -> int:
+    """Updates loaded rows to their own values, one statement per model and batch; the count."""
+    by_model: dict[type[Model], list[Any]] = {}
+    for row in instances:
+        by_model.setdefault(type(row), []).append(row)
+    total = 0
+    with transaction.atomic(using=using, savepoint=False):
+        for model, group in by_model.items():
+            names = sorted({name for row in group for name in rows.changed(row)})
+            if names:
+                manager = model._base_manager.using(using)
+                total += manager.bulk_update(group, names)
+                rows.fetch_missing(group, using)
+                rows.remember(group, anew=True)
+    return total
+
+
 def update_returning(
     queryset: QuerySet[Any], values: dict[str, Any], returning: tuple[Any, ...]
 ) -> list[Any]:

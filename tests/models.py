@@ -6,6 +6,7 @@ import uuid
 
 from django.contrib.contenttypes.fields import GenericForeignKey, GenericRelation
 from django.contrib.postgres.fields import ArrayField, DateRangeField, IntegerRangeField
+from django.core.files.storage import InMemoryStorage
 from django.db import models
 
 
@@ -170,6 +171,10 @@ class Shelf(models.Model):
     name = models.CharField(max_length=50)
     parent = models.ForeignKey("self", models.CASCADE, null=True, related_name="children")
     notes = GenericRelation(Note, content_type_field="kind", object_id_field="number")
+
+
+class Upload(models.Model):
+    file = models.FileField(storage=InMemoryStorage(), null=True)
 
 
 class Ranges(models.Model):

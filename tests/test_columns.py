@@ -7,7 +7,21 @@ import pickle
 from typing import Any
 
 import pytest
-from django.db.models import Case, Count, Exists, F, OuterRef, Prefetch, Q, Sum, Value, When
+from django.core.exceptions import ValidationError
+from django.db.migrations.writer import MigrationWriter
+from django.db.models import (
+    Case,
+    CheckConstraint,
+    Count,
+    Exists,
+    F,
+    OuterRef,
+    Prefetch,
+    Q,
+    Sum,
+    Value,
+    When,
+)
 from django.db.models.functions import Coalesce, Lower, Upper
 
 from django_asyncsession import Column, Condition, Session, table
@@ -164,6 +178,17 @@ def test_django_s_own_comparisons_of_expressions_still_work() -> None:
     assert len({Sum(users.xp), Sum(users.xp), Sum(users.level)}) == 2
     assert users.xp.deconstruct() == F("xp").deconstruct()
     assert (users.xp == 1).deconstruct()[0] == "django.db.models.Q"
+
+
+def test_conditions_in_constraints_and_migrations() -> None:
+    constraint = CheckConstraint(condition=users.level > users.xp, name="rich")
+    constraint.validate(User, User(level=9, xp=1))
+    with pytest.raises(ValidationError):
+        constraint.validate(User, User(level=1, xp=9))
+    text, _ = MigrationWriter.serialize(constraint)
+    assert text == (
+        "models.CheckConstraint(condition=models.Q(('level__gt', models.F('xp'))), name='rich')"
+    )
 
 
 async def test_columns_go_wherever_django_takes_an_f(people: Session) -> None:

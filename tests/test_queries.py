@@ -6,11 +6,11 @@ from datetime import date
 from typing import Any
 
 import pytest
-from django.db import NotSupportedError, connections
-from django.db.models import Avg, Count, F, Max, OuterRef, Prefetch, Q, Subquery, Window
+from django.db import DataError, NotSupportedError, connections
+from django.db.models import Avg, Count, F, Max, OuterRef, Prefetch, Q, Subquery, Value, Window
 from django.db.models.functions import ExtractYear, Length, Rank, Upper
 
-from django_asyncsession import Row, Session, UnboundedQueryError, table
+from django_asyncsession import Row, Session, UnboundedQueryError, databases, table
 from tests.models import Author, Book, Slug, Tag, User
 
 users, books, authors = table(User), table(Book), table(Author)
@@ -372,6 +372,27 @@ async def test_a_stream_left_early_closes_its_cursor(people: Session) -> None:
         break
     await stream.aclose()
     assert await people.select(User).count() == 5
+
+
+async def test_a_stream_in_autocommit_mode_keeps_its_connection(
+    alias: str, empty_tables: None
+) -> None:
+    async with databases[alias].get_session(autocommit=True) as session:
+        await session.insert.rows(*(Tag(name=f"{i:02}") for i in range(10)))
+        seen = []
+        async for tag in session.stream(session.select(Tag).order_by("name"), chunk_size=3):
+            seen.append(tag.name)
+            assert await session.select(Tag).count() == 10
+        assert seen == [f"{i:02}" for i in range(10)]
+    await databases[alias].close()
+
+
+@pytest.mark.parametrize("alias", ["default"], ids=["postgresql"])
+async def test_an_error_in_a_stream_is_what_the_caller_gets(people: Session) -> None:
+    broken = people.select(User).annotate(bad=Value(1) / (users.level - users.level))
+    with pytest.raises(DataError):
+        async for _ in broken.stream(chunk_size=1):
+            pass
 
 
 async def test_update(people: Session) -> None:

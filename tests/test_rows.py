@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from django.contrib.contenttypes.models import ContentType
+from django.core.files.base import ContentFile
 from django.db import IntegrityError
 from django.db.models import F, Model, Prefetch
 from django.db.models.signals import post_save, pre_save
@@ -26,10 +27,12 @@ from tests.models import (
     Note,
     Place,
     Profile,
+    Ranges,
     Restaurant,
     Shelf,
     Slug,
     Tag,
+    Upload,
     User,
     Values,
 )
@@ -144,6 +147,54 @@ async def test_json_changed_in_place_is_written(
         change(loaded.data)
         await session.add(loaded)
         assert repr((await reread(session, row)).data) == repr(after)
+
+
+@pytest.mark.parametrize("alias", ["default"], ids=["postgresql"])
+async def test_arrays_changed_in_place_are_written(session: Session) -> None:
+    row = await session.add(Ranges(names=["a"]))
+    row.names.append("b")
+    await session.add(row)
+    stored = await reread(session, row)
+    assert stored.names == ["a", "b"]
+    async with Statements(session) as sql:
+        await session.add(stored)
+    assert sql == []
+
+
+async def test_a_new_file_is_written(session: Session) -> None:
+    row = await session.add(Upload(file=ContentFile(b"one", "a.txt")))
+    name = row.file.name
+    row = await reread(session, row)
+    async with Statements(session) as sql:
+        await session.add(row)
+        assert row.file.read() == b"one"
+        await session.add(row)
+    assert sql == []
+    row.file = ContentFile(b"two", name)
+    await session.add(row)
+    stored = await reread(session, row)
+    assert stored.file.read() == b"two" and stored.file.name != name
+    row.file.delete(save=False)
+    await session.add(row)
+    assert not (await reread(session, row)).file
+
+
+async def test_many_rows_are_updated_at_once(session: Session) -> None:
+    rows = await session.insert.rows(*(users(name=n, xp=1) for n in "abc"), Author(name="x"))
+    for row in rows[:2]:
+        row.name = row.name.upper()
+    rows[1].xp = F("xp") + 5
+    rows[3].name = "y"
+    query = session.update.rows(*rows[:2]).add_row(rows[2]).rows(rows[3])
+    async with Statements(session) as sql:
+        assert await query == 4
+    assert sum(text.startswith("UPDATE") for text in sql) == 2
+    stored = await session.select(User).order_by("name").columns("name", "xp")
+    assert [tuple(row) for row in stored] == [("A", 1), ("B", 6), ("c", 1)]
+    assert rows[1].xp == 6
+    async with Statements(session) as sql:
+        assert await query == 0
+    assert [text for text in sql if "SAVEPOINT" not in text] == []
 
 
 async def test_the_snapshot_stays_out_of_sight(session: Session) -> None:
