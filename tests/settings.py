@@ -25,11 +25,6 @@ DATABASES = {
     },
 }
 if _mysql := servers.mysql():
-    import pymysql
-
-    # Django asks for mysqlclient's version; PyMySQL stands in for it.
-    pymysql.version_info = (2, 2, 7, "final", 0)
-    pymysql.install_as_MySQLdb()
     DATABASES["mysql"] = _mysql
 for _entry in DATABASES.values():
     _entry["TEST"]["DEPENDENCIES"] = []  # type: ignore[index]

@@ -7,7 +7,7 @@ import copy
 import dataclasses
 import enum
 import logging
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
 from importlib import import_module
@@ -52,6 +52,11 @@ MIXINS = {
     "django.db.backends.sqlite3.base": "django_asyncsession.backends.sqlite3.base",
 }
 ANY_DRIVER = "django_asyncsession.backends.threaded"
+# Which package installs the driver of an engine that asks for another one's.
+STAND_INS = {
+    "django.db.backends.mysql": "django_asyncsession.backends.mysql",
+    "django.contrib.gis.db.backends.mysql": "django_asyncsession.backends.mysql",
+}
 
 
 class TransactionState(enum.Enum):
@@ -186,6 +191,8 @@ class BridgedMixin(_Wrapper):
     isolation_levels: ClassVar[tuple[str, ...]] = TransactionOptions.LEVELS
     # DEFERRABLE transactions exist.
     has_deferrable: ClassVar[bool] = False
+    # Options of a session that the database cannot keep.
+    unsupported_options: ClassVar[tuple[str, ...]] = ("deferrable",)
 
     pooled = False
     lease: object = None
@@ -212,6 +219,8 @@ class BridgedMixin(_Wrapper):
                 self.ensure_connection()
         finally:
             self._opening = False
+        # What was set while connecting is what every lease begins with.
+        self.touched = False
 
     @cached_property
     def wrap_database_errors(self) -> Errors:
@@ -254,6 +263,19 @@ class BridgedMixin(_Wrapper):
     def configure_autocommit(self, options: TransactionOptions) -> None:
         """Apply `options` to a connection in autocommit mode; called in the bridge."""
         raise NotImplementedError
+
+    def check_options(self, options: TransactionOptions) -> None:
+        """Refuse what the database cannot do.
+
+        Raises:
+            ConfigurationError: such an option is given.
+        """
+        for name in self.unsupported_options:
+            if getattr(options, name):
+                raise ConfigurationError(
+                    f"{self.display_name} has no {name} for the sessions of {self.alias!r}; "
+                    f"leave {name}={getattr(options, name)!r} out"
+                )
 
     @property
     def transaction_state(self) -> TransactionState:
@@ -508,7 +530,18 @@ def wrapper_class(engine: str) -> Any:
     Raises:
         ImproperlyConfigured: there is no such engine, or its driver is not installed.
     """
+    install_drivers([engine])
     return load_backend(engine).DatabaseWrapper
+
+
+def install_drivers(engines: Iterable[str]) -> None:
+    """Let Django find the drivers of these engines where others stand in for them.
+
+    A driver that is not installed is left to Django's own message.
+    """
+    for engine in STAND_INS.keys() & set(engines):
+        with suppress(ImportError):
+            import_module(STAND_INS[engine]).install_driver()
 
 
 @cache

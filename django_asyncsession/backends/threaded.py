@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from django.db.transaction import TransactionManagementError
 
 from django_asyncsession.bridge import await_, in_bridge
-from django_asyncsession.exceptions import ConfigurationError
 
 from .base import BridgedMixin, TransactionOptions, TransactionState
 
@@ -414,8 +413,7 @@ class Mixin(BridgedMixin, _Base):
     statement_rollback = True
     isolation_levels: ClassVar[tuple[str, ...]] = ()
     connection_class: ClassVar[type[Connection]] = Connection
-    # Options of a session that this backend cannot keep.
-    unsupported: ClassVar[tuple[str, ...]] = (
+    unsupported_options: ClassVar[tuple[str, ...]] = (
         "isolation",
         "read_only",
         "deferrable",
@@ -477,19 +475,6 @@ class Mixin(BridgedMixin, _Base):
     def configure_autocommit(self, options: TransactionOptions) -> None:
         self.check_options(options)
         self.statement_timeout = options.timeout
-
-    def check_options(self, options: TransactionOptions) -> None:
-        """Refuse what the database cannot do.
-
-        Raises:
-            ConfigurationError: such an option is given.
-        """
-        for name in self.unsupported:
-            if getattr(options, name):
-                raise ConfigurationError(
-                    f"{self.display_name} has no {name} for sessions of {self.alias!r}; "
-                    f"leave {name}={getattr(options, name)!r} out"
-                )
 
     def _commit(self) -> None:
         if self._unanswered and self.pooled and not self.is_usable():

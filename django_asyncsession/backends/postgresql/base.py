@@ -197,6 +197,7 @@ class Mixin(BridgedMixin, _Base):
 
     Database: Any = _Driver()
     has_deferrable = True
+    unsupported_options = ()
     multiple_statements = True
     connection: Any
 

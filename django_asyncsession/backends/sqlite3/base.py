@@ -180,7 +180,7 @@ class Mixin(threaded.Mixin, _Base):
 
     # SQLite has no other; whoever asks for less gets it.
     isolation_levels = ("serializable",)
-    unsupported = ("deferrable", "idle_timeout")
+    unsupported_options = ("deferrable", "idle_timeout")
     connection_class = Connection
     _read_only = False
 

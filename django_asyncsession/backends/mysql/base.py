@@ -1,0 +1,392 @@
+"""MySQL and MariaDB: asyncmy in Django's own backend."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import re
+import ssl
+from collections.abc import Awaitable, Mapping
+from functools import cache, cached_property, partial
+from typing import TYPE_CHECKING, Any
+
+from django_asyncsession.backends.base import BridgedMixin, TransactionOptions, TransactionState
+from django_asyncsession.backends.mysql import install_driver
+from django_asyncsession.bridge import await_, in_bridge
+from django_asyncsession.exceptions import ConfigurationError
+
+# Before Django's backend, and what is below, import it.
+install_driver()
+
+import asyncmy.converters  # noqa: E402
+import MySQLdb.converters  # noqa: E402
+from asyncmy import errors  # noqa: E402
+from asyncmy.connection import Connection as Driver  # noqa: E402
+from django.db.backends.mysql import base  # noqa: E402
+
+from . import driver  # noqa: E402
+
+if TYPE_CHECKING:
+
+    class _Base(base.DatabaseWrapper):
+        """Django's names that are used here, which its type stubs leave out."""
+
+        def _cursor(self, name: str | None = None) -> Any: ...
+        def _set_autocommit(self, autocommit: bool) -> None: ...
+
+else:
+    _Base = object
+
+logger = logging.getLogger("django_asyncsession")
+
+# Options of OPTIONS that go to asyncmy as they are.
+PASSED_ON = frozenset(
+    {"user", "database", "unix_socket", "host", "port", "charset", "client_flag", "connect_timeout"}
+    | {"read_timeout", "local_infile", "max_allowed_packet", "auth_plugin_map", "program_name"}
+    | {"read_default_file", "read_default_group", "server_public_key"}
+)
+# Those that are dealt with here, and those that mean nothing here.
+TLS = frozenset({"ssl", "ssl_mode", "ssl_ca", "ssl_cert", "ssl_key", "ssl_verify_cert"})
+OWN = frozenset({"conv", "password", "passwd", "db", "init_command", "sql_mode", "collation"}) | TLS
+IGNORED = frozenset(
+    {"write_timeout", "compress", "named_pipe", "cursorclass", "use_unicode", "autocommit"}
+    | {"multi_statements", "binary_prefix", "auth_plugin", "ssl_disabled", "ssl_verify_identity"}
+)
+CONNECT_SECONDS = 10
+
+# Access denied, no such database, an account that is locked or needs what asyncmy has not.
+PERMANENT = frozenset({1044, 1045, 1049, 1251, 1698, 1820, 2059, 3118, 3159})
+DEADLOCK = 1213
+LOCK_TIMEOUTS = frozenset({1205, 3572})
+STATEMENT_TIMEOUTS = frozenset({1969, 3024})
+
+COMMENTS = re.compile(r"\A(?:\s+|--[^\n]*\n?|\#[^\n]*\n?|/\*(?!!).*?\*/|\()*", re.DOTALL)
+# Statements that change data, schema or the transaction, never the session on the server.
+HARMLESS = frozenset(
+    {
+        "select",
+        "insert",
+        "update",
+        "delete",
+        "replace",
+        "with",
+        "values",
+        "table",
+        "show",
+        "explain",
+    }
+    | {"describe", "desc", "begin", "start", "commit", "rollback", "savepoint", "release", "create"}
+    | {"alter", "drop", "truncate", "rename", "analyze", "optimize", "check", "do"}
+)
+# What makes a harmless statement leave a trace: user variables, locks by name, temporary tables.
+TRACES = re.compile(r"(?<![@\w])@[\w`'\"]|:=|\bget_lock\s*\(|\btemporary\b", re.IGNORECASE)
+# Not brought back by a reset of the session.
+LASTING = re.compile(r"\A(set\s+(default\s+)?role\b|change\s)", re.IGNORECASE)
+# Statements before which the server commits.
+IMPLICIT_COMMIT = re.compile(
+    r"\A(alter|create(?!\s+temporary)|drop(?!\s+temporary)|rename|truncate|grant|revoke|lock|"
+    r"unlock|analyze|optimize|repair|flush|install|uninstall|load\s+index|cache\s+index|"
+    r"set\s+password)\b",
+    re.IGNORECASE,
+)
+ENDS_TRANSACTION = re.compile(
+    r"\A(begin|start\s+transaction|commit|rollback(?!\s+(work\s+)?to)|xa)\b", re.IGNORECASE
+)
+
+# What Django asks each server once, by what tells servers apart.
+_server_data: dict[tuple[Any, ...], dict[str, Any]] = {}
+
+
+class Mixin(BridgedMixin, _Base):
+    """What bridges Django's MySQL wrapper, or one that derives from it."""
+
+    statement_rollback = True
+    connection: Any
+
+    # Connecting
+
+    def get_new_connection(self, conn_params: dict[str, Any]) -> Any:
+        if not in_bridge():
+            return super().get_new_connection(conn_params)
+        init_sql = _init_sql(conn_params)
+        make = partial(_make_driver, conn_params, self.alias)
+        raw = make()
+        seconds = conn_params.get("connect_timeout") or CONNECT_SECONDS
+        try:
+            await_(_connect(raw, seconds, init_sql))
+        except errors.MySQLError as exc:
+            raise driver.translated(exc) from exc
+        return driver.Connection(self, raw, init_sql, make)
+
+    @cached_property
+    def mysql_server_data(self) -> dict[str, Any]:
+        """What Django asks of a server; asked once for all connections of a pool."""
+        names = ("ENGINE", "NAME", "HOST", "PORT", "USER")
+        key = (self.alias, *(self.settings_dict[name] for name in names))
+        if key not in _server_data:
+            _server_data[key] = super().mysql_server_data
+        return _server_data[key]
+
+    @staticmethod
+    def is_permanent(error: BaseException) -> bool:
+        return bool(error.args) and error.args[0] in PERMANENT
+
+    # Cursors
+
+    def chunked_cursor(self) -> Any:
+        if not isinstance(self.connection, driver.Connection):
+            return super().chunked_cursor()
+        return self._cursor(name="streaming")
+
+    def create_cursor(self, name: str | None = None) -> Any:
+        if name is None:
+            return super().create_cursor(name)
+        return base.CursorWrapper(self.connection.streaming_cursor())
+
+    # Transactions
+
+    def start(self, options: TransactionOptions) -> None:
+        self.check_options(options)
+        connection = self.connection
+        connection.began = connection.left_by_sql = connection.taken_back = False
+        begin = "START TRANSACTION"
+        if options.read_only is not None:
+            begin += " READ ONLY" if options.read_only else " READ WRITE"
+        connection.begin = (begin,)
+        if options.isolation is not None:
+            level = f"SET TRANSACTION ISOLATION LEVEL {options.isolation.upper()}"
+            connection.begin = (level, begin)
+        self._set_in_session(self._timeouts(options))
+
+    def configure_autocommit(self, options: TransactionOptions) -> None:
+        self.check_options(options)
+        settings = self._timeouts(options)
+        if options.isolation is not None:
+            level = options.isolation.upper()
+            settings.append(f"SET SESSION TRANSACTION ISOLATION LEVEL {level}")
+        if options.read_only is not None:
+            access = "READ ONLY" if options.read_only else "READ WRITE"
+            settings.append(f"SET SESSION TRANSACTION {access}")
+        self._set_in_session(settings)
+
+    def _set_in_session(self, settings: list[str]) -> None:
+        """Send these with the next statement, and reset the session afterwards."""
+        self.connection.prelude = tuple(settings)
+        if settings:
+            self.touched = True
+
+    def _timeouts(self, options: TransactionOptions) -> list[str]:
+        """The server's settings for the given times; those for locks and idleness take whole
+        seconds."""
+        settings: dict[str, float] = {}
+        if options.timeout is not None and self.mysql_is_mariadb:
+            settings["max_statement_time"] = options.timeout
+        elif options.timeout is not None:
+            # MySQL has none for other statements than SELECT.
+            settings["max_execution_time"] = max(1, round(options.timeout * 1000))
+        if options.lock_timeout is not None:
+            settings["innodb_lock_wait_timeout"] = math.ceil(options.lock_timeout)
+            settings["lock_wait_timeout"] = math.ceil(options.lock_timeout)
+        if options.idle_timeout is not None:
+            settings["wait_timeout"] = math.ceil(options.idle_timeout)
+        return [f"SET SESSION {name} = {value}" for name, value in settings.items()]
+
+    @property
+    def transaction_state(self) -> TransactionState:
+        connection = self.connection
+        if connection is None or connection.closed or connection.dirty:
+            return TransactionState.UNKNOWN
+        if connection.raw._stream_broken:
+            return TransactionState.UNKNOWN
+        if self.dead:
+            return TransactionState.FAILED
+        return TransactionState.ACTIVE if connection.in_transaction else TransactionState.IDLE
+
+    @property
+    def left_by_sql(self) -> bool:
+        return bool(self.connection is not None and self.connection.left_by_sql)
+
+    # Errors
+
+    def is_fatal(self, error: BaseException) -> bool:
+        connection = self.connection
+        return bool(error.args[0] == DEADLOCK or connection.taken_back or connection.closed)
+
+    def is_timeout(self, error: BaseException, options: TransactionOptions) -> bool:
+        cause = error.__cause__
+        code = cause.args[0] if cause is not None and cause.args else None
+        if code in LOCK_TIMEOUTS:
+            return options.lock_timeout is not None
+        return code in STATEMENT_TIMEOUTS
+
+    # Statements
+
+    def before_statement(self, sql: Any) -> None:
+        super().before_statement(sql)
+        if not isinstance(self.connection, driver.Connection):
+            return
+        text = sql[COMMENTS.match(sql).end() :] if isinstance(sql, str) else ""  # type: ignore[union-attr]
+        self.connection.commits_implicitly = False
+        if self.in_atomic_block:
+            self._note_end_of_transaction(text)
+        if not self.touched and _leaves_traces(text):
+            self.touched = True
+        if LASTING.match(text):
+            self.connection.lasting = True
+
+    def _note_end_of_transaction(self, text: str) -> None:
+        if IMPLICIT_COMMIT.match(text):
+            self.connection.commits_implicitly = True
+            logger.warning(
+                "%s commits the transaction on %r, because %s cannot roll it back; use it "
+                "outside transactions",
+                " ".join(text.split()[:2]).upper(),
+                self.alias,
+                self.display_name,
+            )
+        elif ENDS_TRANSACTION.match(text):
+            self.connection.left_by_sql = True
+
+    # The end of a lease
+
+    def reset(self) -> None:
+        connection = self.connection
+        connection.finish_stream()
+        connection.prelude, connection.begin = (), driver.BEGIN
+        connection.left_by_sql = False
+        if not self.touched:
+            return
+        if connection.lasting:
+            self.abandon()
+            return
+        connection.reset()
+        self.init_connection_state()
+        self.touched = False
+
+    def close_driver(self) -> None:
+        if self.connection is not None:
+            self.connection.abandon()
+
+    def farewell(self) -> Awaitable[None] | None:
+        if self.connection is None or not self.cut:
+            return None
+        return self.connection.kill()  # type: ignore[no-any-return]
+
+
+def _leaves_traces(text: str) -> bool:
+    """Whether the statement may leave something in the session; what is not known to be harmless
+    may."""
+    first = re.match(r"\w+", text)
+    if first is None or first[0].lower() not in HARMLESS:
+        return not re.match(r"set\s+transaction\b", text, re.IGNORECASE)
+    # A second statement behind a semicolon would have to be looked at as well.
+    return ";" in text.rstrip().rstrip(";") or TRACES.search(text) is not None
+
+
+async def _connect(raw: Any, seconds: float, init_sql: str) -> None:
+    try:
+        async with asyncio.timeout(seconds):
+            await raw.connect()
+            await raw.query(init_sql)
+            while raw._result.has_next:
+                await raw.next_result()
+    except TimeoutError as exc:
+        raw.close()
+        raise errors.OperationalError(
+            driver.SERVER_LOST, f"no answer from the server within {seconds} s while connecting"
+        ) from exc
+    except BaseException:
+        raw.close()
+        raise
+
+
+def _make_driver(conn_params: Mapping[str, Any], alias: str) -> Any:
+    """asyncmy's connection, not connected yet, for Django's parameters."""
+    if unknown := conn_params.keys() - PASSED_ON - OWN - IGNORED:
+        raise ConfigurationError(
+            f"unknown OPTIONS {sorted(unknown)} for {alias!r}; asyncmy takes "
+            f"{sorted(PASSED_ON | OWN)}"
+        )
+    options = {name: value for name, value in conn_params.items() if name in PASSED_ON}
+    options.setdefault("database", conn_params.get("db"))
+    password = conn_params.get("password") or conn_params.get("passwd") or ""
+    if password:
+        # The bytes that mysqlclient sends; a function, so that no frame shows them.
+        options["password_creator"] = lambda: str.encode(password)
+    return Driver(  # type: ignore[no-untyped-call]
+        **options, conv=_conversions(conn_params), ssl=_tls(conn_params, alias), autocommit=True
+    )
+
+
+def _conversions(conn_params: Mapping[str, Any]) -> dict[Any, Any]:
+    """asyncmy's own conversions, but for those that Django, or the user, has changed."""
+    given: Mapping[Any, Any] = conn_params.get("conv") or {}
+    usual = MySQLdb.converters.conversions
+    changed = {key: value for key, value in given.items() if usual.get(key) is not value}
+    return {**asyncmy.converters.conversions, **changed}
+
+
+def _init_sql(conn_params: Mapping[str, Any]) -> str:
+    """What makes the session on the server what the settings say, new or reset."""
+    charset = conn_params.get("charset") or "utf8mb4"
+    names = f"SET NAMES {charset}"
+    if collation := conn_params.get("collation"):
+        names += f" COLLATE {collation}"
+    statements = [names, "SET autocommit = 1"]
+    if database := conn_params.get("database") or conn_params.get("db"):
+        # It is not among what a reset brings back.
+        statements.append("USE `{}`".format(str(database).replace("`", "``")))
+    if (mode := conn_params.get("sql_mode")) is not None:
+        statements.append("SET SESSION sql_mode = '{}'".format(str(mode).replace("'", "''")))
+    if command := conn_params.get("init_command"):
+        statements.append(str(command).strip().rstrip(";"))
+    return "; ".join(statements)
+
+
+def _tls(conn_params: Mapping[str, Any], alias: str) -> ssl.SSLContext | None:
+    """The TLS context that the options ask for.
+
+    Raises:
+        ConfigurationError: an `ssl_mode` that cannot be kept.
+    """
+    given = conn_params.get("ssl")
+    if isinstance(given, ssl.SSLContext):
+        return given
+    files = {name: conn_params.get(f"ssl_{name}") for name in ("ca", "cert", "key")}
+    files |= dict(given) if isinstance(given, Mapping) else {}
+    mode = str(conn_params.get("ssl_mode") or "").upper()
+    if mode == "DISABLED" or conn_params.get("ssl_disabled"):
+        return None
+    if mode == "PREFERRED":
+        raise ConfigurationError(
+            f"ssl_mode='PREFERRED' of {alias!r} may send the password unencrypted; use "
+            "'REQUIRED', 'VERIFY_CA', 'VERIFY_IDENTITY' or 'DISABLED'"
+        )
+    files = {name: value for name, value in files.items() if value is not None}
+    if not mode and not files and not given:
+        return None
+    verify = bool(files.get("ca") or files.get("capath"))
+    verify = bool(conn_params.get("ssl_verify_cert", verify)) or mode.startswith("VERIFY")
+    names = mode != "VERIFY_CA" and files.pop("check_hostname", True)
+    return _tls_context(tuple(sorted(files.items())), verify and mode != "REQUIRED", bool(names))
+
+
+@cache
+def _tls_context(
+    files: tuple[tuple[str, Any], ...], verify: bool, check_names: bool
+) -> ssl.SSLContext:
+    """Made once: reading certificates takes longer than the event loop may stand still."""
+    options = dict(files)
+    context = ssl.create_default_context(cafile=options.get("ca"), capath=options.get("capath"))
+    context.check_hostname = verify and check_names
+    context.verify_mode = ssl.CERT_REQUIRED if verify else ssl.CERT_NONE
+    if "cert" in options:
+        context.load_cert_chain(options["cert"], options.get("key"))
+    if "cipher" in options:
+        context.set_ciphers(options["cipher"])
+    return context
+
+
+class DatabaseWrapper(Mixin, base.DatabaseWrapper):
+    """Django's MySQL wrapper, bridged: MySQLdb in sync code, asyncmy in the bridge."""

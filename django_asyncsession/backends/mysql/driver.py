@@ -1,0 +1,561 @@
+"""asyncmy behind the interface that Django's MySQL backend expects of MySQLdb.
+
+Every round trip is awaited in the bridge. asyncmy's cursors are not used: they ask for warnings
+after each statement, and quote bytes wrongly when the server takes no backslashes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import struct
+import weakref
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+import MySQLdb
+from asyncmy import converters, errors
+from asyncmy.constants.COMMAND import COM_QUIT
+from asyncmy.constants.SERVER_STATUS import (
+    SERVER_STATUS_IN_TRANS,
+    SERVER_STATUS_NO_BACKSLASH_ESCAPES,
+)
+
+from django_asyncsession.bridge import await_, in_bridge
+
+if TYPE_CHECKING:
+    from .base import Mixin
+
+T = TypeVar("T")
+
+SERVER_GONE, SERVER_LOST, OUT_OF_SYNC = 2006, 2013, 2014
+# After these the server closes the connection: shutdown, packet too large, killed, idle for too
+# long.
+LAST_WORDS = frozenset({1053, 1152, 1153, 1154, 1155, 1156, 1157, 1158, 1159, 1160, 1161, 1927})
+LAST_WORDS |= {SERVER_GONE, SERVER_LOST, OUT_OF_SYNC, 4031}
+# Django takes these OperationalErrors for IntegrityErrors: the statement alone failed.
+STATEMENT_ONLY = frozenset({1048, 1690, 3819, 4025})
+COM_RESET_CONNECTION = 0x1F
+# Bytes of SQL that execute_many sends in one packet; the server's smallest limit is 1 MB.
+BATCH_BYTES = 512 * 1024
+# An unbuffered result does not say how many rows it has.
+UNKNOWN_COUNT = 2**64 - 1
+# What a parameter may be besides strings and bytes.
+ENCODED = {type_ for type_ in converters.conversions if isinstance(type_, type)} - {str, bytes}
+# Seconds between two looks at whether the server has ended a killed connection.
+LOOK_MIN, LOOK_MAX = 0.005, 0.1
+BEGIN = ("START TRANSACTION",)
+
+
+class Connection:
+    """One connection, as MySQLdb's; `raw` is asyncmy's.
+
+    `dirty` while a round trip is under way, and ever after if it did not end as it should: such a
+    connection is never used again.
+    """
+
+    def __init__(self, wrapper: Mixin, raw: Any, init_sql: str, reopen: Callable[[], Any]) -> None:
+        self.raw = raw
+        self.init_sql = init_sql
+        self._reopen = reopen
+        self._owner = weakref.ref(wrapper)
+        self._autocommit = True
+        self._streaming: weakref.ref[StreamingCursor] | None = None
+        self._transport = raw._transport
+        self.begin = BEGIN
+        # Runs before the next statement, in the same packet.
+        self.prelude: tuple[str, ...] = ()
+        # A transaction was begun; it was ended by SQL that is not ours; by the server.
+        self.began = self.left_by_sql = self.taken_back = False
+        # The present statement commits what was done before it, as the server's rules have it.
+        self.commits_implicitly = False
+        self.dirty = self.closed = False
+        # Something was changed that no reset brings back.
+        self.lasting = False
+
+    # MySQLdb's interface
+
+    def cursor(self) -> Cursor:
+        """A cursor that has all rows in memory once it has executed."""
+        return Cursor(self)
+
+    def streaming_cursor(self) -> StreamingCursor:
+        """A cursor that reads rows from the network as they are fetched."""
+        return StreamingCursor(self)
+
+    def autocommit(self, on: bool) -> None:
+        """Say whether statements commit by themselves; BEGIN is sent with the next statement."""
+        self._autocommit = bool(on)
+
+    def get_autocommit(self) -> bool:
+        """Whether statements commit by themselves."""
+        return self._autocommit
+
+    def commit(self) -> None:
+        """Commit, if anything was begun."""
+        self._end_transaction("COMMIT")
+
+    def rollback(self) -> None:
+        """Roll back, if anything was begun."""
+        self._end_transaction("ROLLBACK")
+
+    def ping(self) -> None:
+        """Ask the server for an answer; never reconnects."""
+        self.run(self.raw.ping(False))
+
+    def close(self) -> None:
+        """Say goodbye, without waiting for an answer."""
+        self.abandon()
+
+    def thread_id(self) -> int:
+        """The connection's id on the server."""
+        return int(self.raw.thread_id())
+
+    def get_server_info(self) -> str:
+        """The server's version as it says it."""
+        return str(self.raw.server_version)
+
+    def character_set_name(self) -> str:
+        """The connection's character set."""
+        return str(self.raw.character_set_name())
+
+    def escape(self, value: Any, mapping: Any = None) -> Any:
+        """The value as an SQL literal."""
+        return self.literal(value)
+
+    def _end_transaction(self, sql: str) -> None:
+        self.finish_stream()
+        if self.began or self.in_transaction:
+            self.began = self.taken_back = False
+            self.run(self.raw.query(sql))
+
+    # The transaction
+
+    @property
+    def in_transaction(self) -> bool:
+        """Whether the server, when it last spoke, was in a transaction."""
+        return bool(self.raw.server_status & SERVER_STATUS_IN_TRANS)
+
+    def _before(self) -> tuple[str, ...]:
+        """What goes in front of the next statement."""
+        before, self.prelude = self.prelude, ()
+        if not self._autocommit and not self.in_transaction:
+            before += self.begin
+            self.began = True
+        return before
+
+    def _ask_what_is_left(self, error: Exception) -> None:
+        """Find out whether the server took back the transaction, which its errors do not say.
+
+        It does so after a deadlock, when a lock table is full, and, as it is configured, when
+        waiting for a lock takes too long.
+        """
+        failed = isinstance(error, MySQLdb.OperationalError | MySQLdb.InternalError)
+        if self.began and failed and error.args[0] not in STATEMENT_ONLY:
+            self.began = False
+            with contextlib.suppress(MySQLdb.Error):
+                self.run(self.raw.query("DO 0"))
+            self.taken_back = not self.began
+
+    # Round trips
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Await one round trip; an end that is not clean closes the connection.
+
+        Raises:
+            MySQLdb's errors.
+        """
+        wrapper = self._check_usable(coroutine)
+        self.dirty = True
+        try:
+            result = await_(coroutine)
+        except errors.MySQLError as exc:
+            error = translated(exc)
+            if is_last_word(exc) or self.raw._stream_broken:
+                wrapper.abandon()
+            else:
+                self.dirty = False
+                self._ask_what_is_left(error)
+            wrapper.driver_failed(error)
+            raise error from exc
+        except (OSError, RuntimeError, EOFError, struct.error) as exc:
+            wrapper.abandon()
+            error = MySQLdb.OperationalError(SERVER_LOST, f"connection lost during query: {exc}")
+            wrapper.driver_failed(error)
+            raise error from exc
+        except Exception:
+            # The answer could not be read (bytes that are no text): what is left of it remains.
+            wrapper.abandon()
+            raise
+        except BaseException:
+            wrapper.cut_off()
+            raise
+        self.dirty = False
+        self._note_status()
+        return result
+
+    def _check_usable(self, coroutine: Coroutine[Any, Any, Any]) -> Mixin:
+        wrapper = self._owner()
+        try:
+            if wrapper is None or self.closed or self.dirty or self.raw._stream_broken:
+                raise MySQLdb.OperationalError(SERVER_GONE, "MySQL server has gone away")
+            wrapper.check_served()
+            if not in_bridge():
+                raise MySQLdb.InterfaceError(
+                    0, "this connection awaits; use it in session.run_sync() only"
+                )
+        except BaseException:
+            coroutine.close()
+            raise
+        return wrapper
+
+    def _note_status(self) -> None:
+        if self.in_transaction:
+            self.began = True
+        elif self.began:
+            self.began, self.left_by_sql = False, not self.commits_implicitly
+
+    def execute(self, sql: bytes) -> list[Any]:
+        """Run SQL and read all its results.
+
+        Raises:
+            MySQLdb's errors, of whichever statement failed.
+        """
+        self.finish_stream()
+        before = self._before()
+        text = "; ".join([*before, ""]).encode() + sql
+        return self.run(self._results(text, len(before)))
+
+    async def _results(self, sql: bytes, skip: int) -> list[Any]:
+        await self.raw.query(sql)
+        results = [self.raw._result]
+        while results[-1].has_next:
+            await self.raw.next_result()
+            results.append(self.raw._result)
+        return results[skip:]
+
+    def stream(self, cursor: StreamingCursor, sql: bytes) -> Any:
+        """Run SQL and leave its rows to be read by `cursor`."""
+        self.finish_stream()
+        before = self._before()
+        text = "; ".join([*before, ""]).encode() + sql
+        result = self.run(self._first_rows(text, len(before)))
+        self._streaming = weakref.ref(cursor) if result.unbuffered_active else None
+        return result
+
+    async def _first_rows(self, sql: bytes, skip: int) -> Any:
+        await self.raw.query(sql, unbuffered=True)
+        for _ in range(skip):
+            await self.raw.next_result(unbuffered=True)
+        while not self.raw._result.unbuffered_active and self.raw._result.has_next:
+            await self.raw.next_result(unbuffered=True)
+        return self.raw._result
+
+    def finish_stream(self) -> None:
+        """Read what a streaming cursor has left, which stands in the way of anything else."""
+        if self._streaming is None:
+            return
+        cursor, self._streaming = self._streaming(), None
+        if cursor is not None:
+            cursor.read_rest()
+        elif (result := self.raw._result) is not None and result.unbuffered_active:
+            self.run(result._finish_unbuffered_query())
+
+    def end_stream(self) -> None:
+        """Skip what the streaming cursor has left."""
+        self._streaming = None
+        result = self.raw._result
+        if result is not None and result.unbuffered_active:
+            self.run(result._finish_unbuffered_query())
+
+    # Literals
+
+    def mogrify(self, sql: Any, params: Any) -> bytes:
+        """The statement with its parameters in it, encoded."""
+        encoding = self.raw._encoding
+        text: bytes = sql if isinstance(sql, bytes) else str(sql).encode(encoding)
+        if params is None:
+            return text
+        try:
+            if isinstance(params, dict):
+                return text % {k.encode(): self.literal(v) for k, v in params.items()}
+            if not isinstance(params, Sequence) or isinstance(params, str | bytes):
+                params = (params,)
+            return text % tuple(map(self.literal, params))
+        except TypeError as exc:
+            raise MySQLdb.ProgrammingError(str(exc)) from exc
+
+    def literal(self, value: Any) -> bytes:
+        """The value as an SQL literal; text that the character set cannot hold is an error."""
+        encoding = self.raw._encoding
+        if isinstance(value, str):
+            text: str = self.raw.escape_string(value)
+            return b"'" + text.encode(encoding) + b"'"
+        if isinstance(value, bytes | bytearray | memoryview):
+            return self._binary_literal(bytes(value))
+        if isinstance(value, list | tuple | set | frozenset):
+            return b"(" + b",".join(map(self.literal, value)) + b")"
+        if type(value) not in ENCODED and type(value) not in self.raw._encoders:
+            return self.literal(str(value))
+        try:
+            return str(self.raw.literal(value)).encode(encoding)
+        except errors.MySQLError as exc:
+            raise translated(exc) from exc
+
+    def _binary_literal(self, value: bytes) -> bytes:
+        # asyncmy escapes bytes with backslashes even when the server takes those for themselves.
+        if self.raw.server_status & SERVER_STATUS_NO_BACKSLASH_ESCAPES:
+            return b"_binary'" + value.replace(b"'", b"''") + b"'"
+        text: str = converters.escape_bytes_prefixed(value)
+        return text.encode("ascii", "surrogateescape")
+
+    # The end
+
+    def reset(self) -> None:
+        """Bring the session on the server back to what it was after connecting."""
+        self.finish_stream()
+        self.prelude = ()
+        self.run(self._reset())
+
+    async def _reset(self) -> None:
+        await self.raw._execute_command(COM_RESET_CONNECTION, b"")
+        await self.raw._read_ok_packet()
+        await self._results(self.init_sql.encode(self.raw._encoding), 0)
+
+    def abandon(self) -> None:
+        """Close the socket now, without awaiting."""
+        if self.closed:
+            return
+        self.closed = True
+        transport = self._transport
+        try:
+            if self.dirty or transport.is_closing():
+                transport.abort()
+            else:
+                transport.write(struct.pack("<iB", 1, COM_QUIT))
+            self.raw.close()
+        except RuntimeError:
+            # The loop is closed. The server shall know all the same.
+            _shut_down(transport)
+
+    async def kill(self) -> None:
+        """End what the abandoned connection left running: KILL QUERY over a connection of its
+        own, until the server has dropped the session."""
+        thread_id = self.thread_id()
+        side = self._reopen()
+        try:
+            await side.connect()
+            pause = LOOK_MIN
+            while (state := await _state_of(side, thread_id)) is not None:
+                if state:
+                    with contextlib.suppress(errors.OperationalError):
+                        await side.query(f"KILL QUERY {thread_id}")
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, LOOK_MAX)
+            await side.ensure_closed()
+        finally:
+            side.close()
+
+
+async def _state_of(side: Any, thread_id: int) -> bool | None:
+    """Whether the session runs a statement; None when it is gone."""
+    await side.query(
+        f"SELECT command <> 'Sleep' FROM information_schema.processlist WHERE id = {thread_id}"
+    )
+    rows = side._result.rows
+    return bool(rows[0][0]) if rows else None
+
+
+def _shut_down(transport: Any) -> None:
+    raw = transport.get_extra_info("socket")
+    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(raw.fileno())) as sock:
+        sock.shutdown(socket.SHUT_RDWR)
+
+
+def translated(error: errors.MySQLError) -> Any:
+    """MySQLdb's error for asyncmy's; "not connected" is the server having gone away."""
+    code = error.args[0] if error.args else 0
+    if isinstance(error, errors.InterfaceError) and code == 0:
+        return MySQLdb.OperationalError(SERVER_GONE, "MySQL server has gone away")
+    if isinstance(error, errors.InternalError) and not isinstance(code, int):
+        # "Packet sequence number wrong", without a code.
+        return MySQLdb.OperationalError(SERVER_LOST, f"connection out of step: {code}")
+    kind = getattr(MySQLdb, type(error).__name__, MySQLdb.DatabaseError)
+    return kind(*error.args)
+
+
+def is_last_word(error: errors.MySQLError) -> bool:
+    """Whether the connection cannot be used after this error; those of the server leave it usable,
+    but for a few."""
+    code = error.args[0] if error.args else None
+    return not isinstance(code, int) or code in LAST_WORDS or code < 1000
+
+
+class Cursor:
+    """A cursor with all rows in memory, as MySQLdb's default."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self.description: tuple[Any, ...] | None = None
+        self.rowcount = -1
+        self.arraysize = 1
+        self.lastrowid: int | None = None
+        self._rows: tuple[Any, ...] = ()
+        self._at = 0
+        self._more: list[Any] = []
+        self._executed: bytes | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def __iter__(self) -> Iterator[Any]:
+        while (row := self.fetchone()) is not None:
+            yield row
+
+    def execute(self, sql: Any, params: Any = None) -> int:
+        """Run one or more statements; the first one's result is there to be fetched."""
+        self._executed = self.connection.mogrify(sql, params)
+        first, *self._more = self.connection.execute(self._executed)
+        self._show(first)
+        return self.rowcount
+
+    def executemany(self, sql: Any, param_list: Any) -> int:
+        """Run the statement once for each set of values, many in one packet."""
+        rowcount = 0
+        for batch in _batches(self.connection.mogrify(sql, params) for params in param_list):
+            self._executed = batch[-1]
+            results = self.connection.execute(b";".join(batch))
+            rowcount += sum(result.affected_rows for result in results)
+            self._more = []
+            self._show(results[-1])
+        self.rowcount = rowcount
+        return rowcount
+
+    def callproc(self, name: str, params: Sequence[Any] = ()) -> Sequence[Any]:
+        """Call a stored procedure; what it sets in its parameters is in @_name_0 and so on."""
+        variables = [f"@_{name}_{number}" for number in range(len(params))]
+        for variable, value in zip(variables, params, strict=True):
+            self.connection.execute(self.connection.mogrify(f"SET {variable} = %s", [value]))
+        self.execute(f"CALL {name}({', '.join(variables)})")
+        return params
+
+    def nextset(self) -> bool | None:
+        """Go on to the next statement's result; None when there is none."""
+        if not self._more:
+            return None
+        self._show(self._more.pop(0))
+        return True
+
+    def fetchone(self) -> Any:
+        """The next row, or None."""
+        if self._at >= len(self._rows):
+            return None
+        self._at += 1
+        return self._rows[self._at - 1]
+
+    def fetchmany(self, size: int | None = None) -> tuple[Any, ...]:
+        """The next rows, an empty tuple after the last."""
+        end = self._at + (size or self.arraysize)
+        rows = self._rows[self._at : end]
+        self._at += len(rows)
+        return rows
+
+    def fetchall(self) -> tuple[Any, ...]:
+        """All rows that are left."""
+        rows, self._at = self._rows[self._at :], len(self._rows)
+        return rows
+
+    def close(self) -> None:
+        """Forget the rows."""
+        self._rows, self._at, self._more = (), 0, []
+
+    def _show(self, result: Any) -> None:
+        self.description = result.description
+        self.rowcount = -1 if result.affected_rows == UNKNOWN_COUNT else result.affected_rows
+        self.lastrowid = result.insert_id or None
+        self._rows, self._at = result.rows or (), 0
+
+
+def _batches(statements: Iterator[bytes]) -> Iterator[list[bytes]]:
+    """Statements in lists that fit in one packet each."""
+    batch: list[bytes] = []
+    size = 0
+    for statement in statements:
+        if batch and size + len(statement) > BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+        batch.append(statement)
+        size += len(statement)
+    if batch:
+        yield batch
+
+
+class StreamingCursor(Cursor):
+    """A cursor that reads its rows from the network as they are fetched.
+
+    Another statement on the connection makes it read the rest into memory first: the server sends
+    nothing else before.
+    """
+
+    _result: Any = None
+
+    def execute(self, sql: Any, params: Any = None) -> int:
+        self._executed = self.connection.mogrify(sql, params)
+        result = self.connection.stream(self, self._executed)
+        self._show(result)
+        self._result = result if result.unbuffered_active else None
+        return self.rowcount
+
+    def fetchone(self) -> Any:
+        rows = self.fetchmany(1)
+        return rows[0] if rows else None
+
+    def fetchmany(self, size: int | None = None) -> tuple[Any, ...]:
+        size = size or self.arraysize
+        rows = super().fetchmany(size)
+        if len(rows) < size and self._result is not None:
+            rows += tuple(self.connection.run(self._read(size - len(rows))))
+        return rows
+
+    def fetchall(self) -> tuple[Any, ...]:
+        self.read_rest()
+        return super().fetchall()
+
+    def read_rest(self) -> None:
+        """Read the rows that are left into memory."""
+        if self._result is not None:
+            rest = self.connection.run(self._read(None))
+            self._rows, self._at = super().fetchall() + tuple(rest), 0
+
+    def close(self) -> None:
+        """Skip the rows that are left: the server sends them all the same."""
+        super().close()
+        result, self._result = self._result, None
+        if result is not None and not self.connection.closed and not self.connection.dirty:
+            self.connection.end_stream()
+
+    async def _read(self, size: int | None) -> list[Any]:
+        """So many rows, or all."""
+        result = self._result
+        rows: list[Any] = []
+        while size is None or len(rows) < size:
+            row = await result._read_rowdata_packet_unbuffered()
+            if row is None:
+                break
+            rows.append(row)
+            # Those that are in memory already come without a coroutine for each.
+            rows += result._take_pending_rows(None if size is None else size - len(rows))
+        if not result.unbuffered_active:
+            self._finished(result)
+        return rows
+
+    def _finished(self, result: Any) -> None:
+        self._result = None
+        self.connection._streaming = None
+        if result.server_status:
+            self.connection.raw.server_status = result.server_status
