@@ -114,6 +114,12 @@ class LoopProbe:
         self._last = now
 
 
+def longest_stall() -> float:
+    """Seconds that the event loop may stand still: 50 ms, and more while others use the machine,
+    since the system then takes turns."""
+    return 0.05 if os.getloadavg()[0] < (os.cpu_count() or 1) else 0.19
+
+
 @contextlib.contextmanager
 def watchdog(seconds: float) -> Iterator[None]:
     """Shows all stacks and ends the process when the block takes longer: a frozen loop cannot time

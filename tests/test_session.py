@@ -25,7 +25,7 @@ from django_asyncsession import (
     State,
     databases,
 )
-from tests.faults import LoopProbe
+from tests.faults import LoopProbe, longest_stall
 from tests.models import Author, Book, Tag, User
 from tests.sessions import COUNT, INSERT, names, pool, slow, soon, whole
 
@@ -538,7 +538,8 @@ async def test_a_stream_needs_little_memory(numbers: DatabaseInterface) -> None:
         finally:
             tracemalloc.stop()
     assert count == 99_000
-    assert peak < 2_000_000
+    # asyncmy makes rows of all that is in its receive buffer of 256 kB.
+    assert peak < 4_000_000
 
 
 # Rows
@@ -676,7 +677,7 @@ async def test_in_autocommit_mode_gather_is_parallel_on_connections_of_their_own
             await asyncio.gather(*(session.execute(slow(db)) for _ in range(5)))
         watcher.cancel()
     assert most == 5
-    assert probe.worst < 0.05
+    assert probe.worst < longest_stall()
     await whole(db)
 
 
@@ -797,7 +798,7 @@ async def fine(session: Session) -> None:
         session.on_commit(lambda: session.closed)
         session.on_rollback(lambda: session.closed)
         async with session.begin_nested(), session.atomic():
-            await session.run_sync(lambda: list(User.objects.all()))
+            await session.run_sync(lambda: list(User.objects.using(session.alias)))
         async for _ in session.stream("SELECT 1"):
             pass
         await session.commit()

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import sqlite3
 import threading
+import warnings
 from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -20,7 +21,7 @@ from django.test import override_settings
 from django_asyncsession.backends.sqlite3.base import ASKING_PRAGMA, Mixin
 from django_asyncsession.exceptions import ConfigurationError, PoolTimeout, QueryTimeout
 from django_asyncsession.interface import DatabaseInterface
-from tests.faults import Elapsed, LoopProbe, cancel_at, outcome_of, watchdog
+from tests.faults import Elapsed, LoopProbe, cancel_at, longest_stall, outcome_of, watchdog
 
 ENDLESS = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c) SELECT count(*) FROM c"
 MANY = (
@@ -31,7 +32,7 @@ MANY = (
 
 @pytest.fixture(autouse=True)
 def frozen_loops_end() -> Iterator[None]:
-    with watchdog(20):
+    with watchdog(100):
         yield
 
 
@@ -131,14 +132,19 @@ async def test_driver_calls_run_in_one_thread_that_is_not_the_loops(db: Database
     assert seen[0] != threading.get_ident()
 
 
-async def test_a_dropped_connection_ends_its_thread(db: DatabaseInterface) -> None:
-    session = db.get_session()
-    await session.begin()
-    await session.execute("INSERT INTO t (n) VALUES (1)")
-    with pytest.warns(ResourceWarning):
+async def test_a_dropped_connection_ends_its_thread(path: Path) -> None:
+    db = interface(path, max_size=1)
+    told: list[str] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        # Not kept: a warning refers to what it is about.
+        warnings.showwarning = lambda message, *args: told.append(str(message))  # type: ignore[assignment]
+        session = await db.get_session().begin()
+        await session.execute("INSERT INTO t (n) VALUES (1)")
         del session
         gc.collect()
-    assert await count(db) == 0
+        assert await count(db) == 0
+    assert told and db.stats()["connections_num"] == 2
     await db.close()
 
 
@@ -174,11 +180,15 @@ async def test_thousand_sessions_over_ten_connections_half_writing(
             before = await session.fetch_value("SELECT count(*) FROM t")
             assert await session.fetch_value("SELECT count(*) FROM t") == before
 
-    async with LoopProbe() as probe:
-        await asyncio.gather(*(write(n) if n % 2 else read() for n in range(1000)))
+    async with LoopProbe() as probe, asyncio.TaskGroup() as tasks:
+        for n in range(1000):
+            tasks.create_task(write(n) if n % 2 else read())
+            if n % 50 == 0:
+                # Otherwise the loop is busy with beginning all of them.
+                await asyncio.sleep(0)
     assert await count(db) == 500
     assert db.stats()["pool_size"] <= 10
-    assert probe.worst < 0.05
+    assert probe.worst < longest_stall()
 
 
 async def test_writers_of_another_process_are_waited_for(db: DatabaseInterface, path: Path) -> None:
@@ -225,7 +235,7 @@ async def test_waiting_for_a_lock_honours_djangos_timeout(path: Path) -> None:
                 async with db.get_session() as session:
                     await session.execute("INSERT INTO t (n) VALUES (1)")
     assert 0.35 < took.seconds < 2
-    assert probe.worst < 0.05
+    assert probe.worst < longest_stall()
     await db.close()
 
 
@@ -262,7 +272,7 @@ async def test_timeout_ends_a_long_statement_and_is_gone_with_the_session(
         with pytest.raises(QueryTimeout):
             async with db.get_session(timeout=0.1) as session:
                 await session.execute(ENDLESS)
-    assert probe.worst < 0.05
+    assert probe.worst < longest_stall()
     assert driver_threads() == ["database lite"]
     async with db.get_session() as session:
         # Longer than the timeout of before.
@@ -359,7 +369,7 @@ async def test_a_cancelled_statement_is_interrupted_and_rolled_back(
             while driver_threads():
                 await asyncio.sleep(0.001)
     assert took.seconds < 0.5
-    assert probe.worst < 0.05
+    assert probe.worst < longest_stall()
     assert_lock_is_free(path)
     assert await count(db) == 0
 
