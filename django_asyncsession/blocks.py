@@ -50,8 +50,12 @@ class Block:
         self.sid: str | None = None
 
     async def __aenter__(self) -> Self:
-        self.task = asyncio.current_task()
         transaction = self._transaction
+        if self in transaction._blocks:
+            raise SessionStateError(
+                f"this block of {transaction.alias!r} is entered already; begin another one in it"
+            )
+        self.task, self.rollback_wanted = asyncio.current_task(), False
         async with transaction._turn():
             await transaction._serve(lambda: self._enter(transaction._wrapper))
             transaction._blocks.append(self)

@@ -196,10 +196,12 @@ class Session:
     async def close(self, *, has_error: bool = False) -> None:
         """Roll back what is not committed and give the connection back; closing twice does
         nothing."""
+        transaction = self._transaction
         if not nothing_can_wait():
             self._check_loop()
+            if transaction is not None:
+                transaction.check_may_close()
         self._state = State.CLOSED
-        transaction = self._transaction
         if transaction is not None:
             try:
                 await transaction.close(has_error=has_error)
@@ -765,13 +767,11 @@ class Session:
     async def _settled(self) -> Transaction | None:
         """The transaction in progress, once those that another task ends have ended: who comes
         after a commit goes on in the next transaction."""
-        while (transaction := self._transaction) is not None and transaction.is_ending:
+        while (transaction := self._transaction) is not None and transaction.is_ending_elsewhere:
             async with transaction._turns:
-                if transaction.is_ending and transaction.state is State.OPEN:
-                    # This very task is in the middle of it, in a callback.
-                    break
+                pass
             self._check_begun()
-        return self._transaction
+        return None if transaction is None or transaction.state is State.CLOSED else transaction
 
     def _begun_transaction(self, what: str) -> Transaction:
         """The transaction in progress, for what needs no connection yet."""

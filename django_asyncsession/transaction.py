@@ -64,8 +64,7 @@ class Transaction(Executor):
         self._atomic: Atomic | None = None
         self._savepoints: list[Savepoint] = []
         self._rollback_wanted = self._finishing = False
-        # Another task is to wait for the end before it goes on.
-        self.is_ending = False
+        self._ending = False
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.alias!r} {self.describe()}>"
@@ -138,7 +137,7 @@ class Transaction(Executor):
             await self._finish("rollback()", self._rollback)
 
     async def _finish(self, what: str, how: Callable[[], Awaitable[None]]) -> None:
-        self.is_ending = True
+        self._ending = True
         try:
             async with self._turn():
                 self._check_not_finishing(what)
@@ -149,7 +148,7 @@ class Transaction(Executor):
                 finally:
                     await self._end()
         finally:
-            self.is_ending = False
+            self._ending = False
 
     async def close(self, *, has_error: bool = False) -> None:
         """Roll back what is not committed and give the connection back; closing twice does
@@ -163,8 +162,7 @@ class Transaction(Executor):
             self.abandon()
             return
         check_loop(self._loop, self.alias)
-        if self._finishing and self._turns.task is asyncio.current_task():
-            self._check_not_finishing("close()")
+        self.check_may_close()
         # Not in the queue: the task that ends the transaction does not wait behind those that
         # still use it.
         self.state = State.CLOSED
@@ -183,6 +181,20 @@ class Transaction(Executor):
             await self._close_now()
         finally:
             await self._turns.__aexit__()
+
+    def check_may_close(self) -> None:
+        """Refuse to close in a callback of the end, which closes by itself.
+
+        Raises:
+            SessionStateError: this is such a callback.
+        """
+        if self._finishing and self._turns.task is asyncio.current_task():
+            self._check_not_finishing("close()")
+
+    @property
+    def is_ending_elsewhere(self) -> bool:
+        """Whether another task ends it: whoever comes now has to wait for the next one."""
+        return self._ending and self._turns.task is not asyncio.current_task()
 
     async def _close_in_turn(self) -> None:
         async with self._turns:
