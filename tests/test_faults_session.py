@@ -1,0 +1,668 @@
+"""Sessions in every order of events: cancelled anywhere, closed anywhere, cut off from the server.
+
+All or nothing is saved, and the pool is whole afterwards.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import threading
+import warnings
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from itertools import count
+from typing import Any
+
+import anyio
+import psycopg
+import pytest
+from django.db import DatabaseError, OperationalError, connections
+from django.db.transaction import TransactionManagementError
+
+from django_asyncsession import (
+    CommitUnknown,
+    DatabaseInterface,
+    Outcome,
+    Session,
+    SessionClosedError,
+)
+from tests.faults import (
+    CLIENT,
+    RESET,
+    SERVER,
+    Elapsed,
+    FaultProxy,
+    LoopProbe,
+    cancel_at,
+    outcome_of,
+    watchdog,
+)
+from tests.models import Author, Book, User, Values
+from tests.sessions import COUNT, INSERT, names, pool, slow, soon, whole
+
+Operation = Callable[[DatabaseInterface], Coroutine[Any, Any, Any]]
+
+
+@pytest.fixture(autouse=True)
+def _never_frozen() -> Iterator[None]:
+    with watchdog(110):
+        yield
+
+
+@pytest.fixture
+async def one(db: DatabaseInterface) -> DatabaseInterface:
+    """A database with a pool of one connection, which is open."""
+    with pool(db, max_size=1):
+        await db.connect()
+    return db
+
+
+async def emptied(db: DatabaseInterface) -> list[str]:
+    """The names that were saved, which are deleted, with the pool whole and its connection open."""
+    saved = await names(db)
+    if saved:
+        async with db.get_session(autocommit=True) as session:
+            await session.execute("DELETE FROM tests_user")
+    await whole(db)
+    return saved
+
+
+# Cancelled at every suspension
+
+
+async def two_rows(db: DatabaseInterface) -> None:
+    async with db.get_session() as session:
+        await session.execute(INSERT, ["a"])
+        async with session.begin_nested():
+            await session.execute(INSERT, ["b"])
+
+
+async def by_hand(db: DatabaseInterface) -> None:
+    session = await db.get_session(timeout=30).begin()
+    try:
+        await session.add(User(name="a"))
+        async with session.atomic():
+            await session.run_sync(User.objects.using(db.alias).create, name="b")
+        await session.commit()
+    finally:
+        await session.close()
+
+
+async def in_autocommit_mode(db: DatabaseInterface) -> None:
+    async with db.get_session(autocommit=True) as session, session.atomic():
+        await session.execute(INSERT, ["a"])
+        async for _ in session.stream("SELECT name FROM tests_user", chunk_size=1):
+            await session.execute(INSERT, ["b"])
+
+
+async def with_a_reset(db: DatabaseInterface) -> None:
+    async with db.get_session() as session:
+        await session.execute(INSERT, ["a"])
+        await session.driver_connection()  # so that the connection is reset at the end
+        await session.execute(INSERT, ["b"])
+
+
+@pytest.mark.parametrize("operation", [two_rows, by_hand, in_autocommit_mode, with_a_reset])
+async def test_cancelled_at_any_suspension_all_or_nothing_is_saved_and_the_pool_is_whole(
+    one: DatabaseInterface, operation: Operation
+) -> None:
+    saved = []
+    for step in count(1):
+        attempt = cancel_at(operation(one), {step})
+        outcome = await outcome_of(_awaited(attempt))
+        saved.append(await emptied(one))
+        if attempt.suspensions < step:
+            assert outcome is None
+            break
+        assert isinstance(outcome, asyncio.CancelledError), (step, outcome)
+    assert step > 4
+    assert all(rows in ([], ["a", "b"]) for rows in saved), saved
+    # Nothing is saved before COMMIT was sent, and everything after.
+    assert [bool(rows) for rows in saved] == sorted(bool(rows) for rows in saved)
+    assert saved[0] == [] and saved[-1] == ["a", "b"]
+
+
+@pytest.mark.parametrize("operation", [two_rows, in_autocommit_mode])
+async def test_cancelled_twice_it_is_still_a_cancellation_and_all_or_nothing(
+    one: DatabaseInterface, operation: Operation
+) -> None:
+    for first in count(1):
+        for second in range(first + 1, first + 5):
+            attempt = cancel_at(operation(one), {first, second})
+            outcome = await outcome_of(_awaited(attempt))
+            assert await emptied(one) in ([], ["a", "b"])
+            if attempt.suspensions >= first:
+                assert isinstance(outcome, asyncio.CancelledError), (first, second, outcome)
+        if attempt.suspensions < first:
+            break
+
+
+async def failing(db: DatabaseInterface) -> None:
+    async with db.get_session() as session:
+        session.on_commit(lambda: pytest.fail("a callback of a rolled-back transaction ran"))
+        await session.execute(INSERT, ["a"])
+        async with session.begin_nested():
+            await session.execute(INSERT, ["b"])
+            raise ValueError("mine")
+
+
+async def test_cancelled_while_it_rolls_back_nothing_is_saved(one: DatabaseInterface) -> None:
+    for step in count(1):
+        attempt = cancel_at(failing(one), {step})
+        outcome = await outcome_of(_awaited(attempt))
+        assert await emptied(one) == []
+        if attempt.suspensions < step:
+            assert isinstance(outcome, ValueError)
+            break
+        assert isinstance(outcome, asyncio.CancelledError), (step, outcome)
+
+
+async def streaming(db: DatabaseInterface) -> int:
+    seen = 0
+    async with db.get_session() as session:
+        async for _ in session.stream("SELECT name FROM tests_user", chunk_size=2):
+            seen += 1
+    return seen
+
+
+async def test_cancelled_in_a_stream_the_next_query_gets_its_own_rows(
+    one: DatabaseInterface,
+) -> None:
+    async with one.get_session() as session:
+        await session.execute_many(INSERT, [[f"{n}"] for n in range(7)])
+    for step in count(1):
+        attempt = cancel_at(streaming(one), {step})
+        outcome = await outcome_of(_awaited(attempt))
+        async with one.get_session() as session:
+            assert await session.fetch_value("SELECT 4711") == 4711
+        await whole(one)
+        if attempt.suspensions < step:
+            assert outcome == 7
+            break
+        assert isinstance(outcome, asyncio.CancelledError)
+
+
+async def test_cancelled_in_a_callback_the_data_stays_and_later_callbacks_are_logged(
+    one: DatabaseInterface, caplog: pytest.LogCaptureFixture
+) -> None:
+    reached, called = asyncio.Event(), []
+
+    async def waits() -> None:
+        reached.set()
+        await asyncio.sleep(10)
+
+    def later() -> None:
+        called.append("later")
+
+    async def request() -> None:
+        async with session:
+            await session.execute(INSERT, ["a"])
+            session.on_commit(waits)
+            session.on_commit(later)
+
+    session = one.get_session()
+    task = asyncio.create_task(request())
+    await reached.wait()
+    task.cancel()
+    assert isinstance(await outcome_of(task), asyncio.CancelledError)
+    assert called == []
+    assert "later did not run" in caplog.text
+    assert session.outcome is Outcome.COMMITTED
+    assert await emptied(one) == ["a"]
+
+
+async def test_level_cancellation_ends_in_time_and_leaves_the_pool_whole(
+    one: DatabaseInterface,
+) -> None:
+    for delay in (0.0, 0.001, 0.003, 0.006, 0.01, 0.05):
+
+        async def request() -> None:
+            async with one.get_session() as session:
+                await session.execute(INSERT, ["a"])
+                async with session.begin_nested():
+                    await session.execute(INSERT, ["b"])
+                    await session.fetch_value(slow(one, 1))
+
+        task = asyncio.create_task(request())
+        await asyncio.sleep(delay)
+        with Elapsed() as took:
+            while not task.done():
+                task.cancel()
+                await asyncio.sleep(0)
+        assert task.cancelled()
+        assert took.seconds < 2
+        assert await emptied(one) == []
+
+
+async def test_a_cancelled_scope_of_anyio_ends_a_session(one: DatabaseInterface) -> None:
+    with Elapsed() as took, anyio.move_on_after(0.1) as scope:
+        async with one.get_session() as session:
+            await session.execute(INSERT, ["a"])
+            try:
+                await session.fetch_value(slow(one, 3))
+            finally:
+                await session.rollback()
+    assert scope.cancelled_caught
+    assert took.seconds < 2
+    assert await emptied(one) == []
+
+
+async def test_a_lock_held_by_a_cancelled_task_is_free_at_once(db: DatabaseInterface) -> None:
+    async with db.get_session() as session:
+        await session.execute(INSERT, ["a"])
+    locked = asyncio.Event()
+
+    async def hold() -> None:
+        async with db.get_session() as session:
+            await session.execute("UPDATE tests_user SET level = 2")
+            locked.set()
+            await session.fetch_value(slow(db, 5))
+
+    task = asyncio.create_task(hold())
+    await locked.wait()
+    await asyncio.sleep(0.05)
+    task.cancel()
+    assert isinstance(await outcome_of(task), asyncio.CancelledError)
+    async with asyncio.timeout(3), db.get_session() as session:
+        await session.execute("UPDATE tests_user SET level = 3")
+    await whole(db)
+
+
+async def _awaited(attempt: cancel_at[Any]) -> Any:
+    return await attempt
+
+
+# Coroutines that are closed, or forgotten, half way
+
+
+async def in_a_query(session: Session, db: DatabaseInterface) -> None:
+    async with session:
+        await session.execute(INSERT, ["a"])
+        await session.fetch_value(slow(db, 2))
+
+
+async def between_queries(session: Session, db: DatabaseInterface) -> None:
+    async with session:
+        await session.execute(INSERT, ["a"])
+        await asyncio.sleep(10)
+
+
+async def in_a_block(session: Session, db: DatabaseInterface) -> None:
+    async with session, session.begin_nested(), session.atomic():
+        session.on_rollback(lambda: asyncio.sleep(1))
+        await session.execute(INSERT, ["a"])
+        await asyncio.sleep(10)
+
+
+async def in_sync_code(session: Session, db: DatabaseInterface) -> None:
+    from django_asyncsession import bridge
+
+    def sync() -> None:
+        User.objects.using(db.alias).create(name="a")
+        try:
+            bridge.await_(asyncio.sleep(10))
+        finally:
+            with contextlib.suppress(DatabaseError):
+                User.objects.using(db.alias).create(name="b")
+
+    async with session:
+        await session.run_sync(sync)
+
+
+async def in_a_stream(session: Session, db: DatabaseInterface) -> None:
+    async with session:
+        await session.execute(INSERT, ["a"])
+        async for _ in session.stream("SELECT 1"):
+            await asyncio.sleep(10)
+
+
+async def in_autocommit_atomic(session: Session, db: DatabaseInterface) -> None:
+    async with db.get_session(autocommit=True) as plain, plain.atomic():
+        await plain.execute(INSERT, ["a"])
+        await asyncio.sleep(10)
+
+
+async def in_a_transaction(session: Session, db: DatabaseInterface) -> None:
+    async with db.get_transaction() as transaction:
+        await transaction.execute(INSERT, ["a"])
+        await asyncio.sleep(10)
+
+
+async def in_finally(session: Session, db: DatabaseInterface) -> None:
+    await session.begin()
+    try:
+        await session.execute(INSERT, ["a"])
+        await asyncio.sleep(10)
+    finally:
+        await session.close()
+
+
+HALF_WAY = [
+    in_a_query, between_queries, in_a_block, in_sync_code, in_a_stream, in_autocommit_atomic,
+    in_a_transaction, in_finally,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("forgotten", [False, True])
+@pytest.mark.parametrize("half_way", HALF_WAY)
+async def test_a_coroutine_closed_half_way_rolls_back_without_waiting(
+    one: DatabaseInterface, half_way: Any, forgotten: bool
+) -> None:
+    coroutine = half_way(one.get_session(), one)
+    with _quiet():
+        await _drive(coroutine)
+        if forgotten:
+            del coroutine
+        else:
+            coroutine.close()
+        assert await soon(lambda: one.stats()["pool_size"] == one.stats()["pool_available"])
+        gc.collect()
+    assert await emptied(one) == []
+
+
+async def test_a_coroutine_closed_while_it_waits_for_its_turn(one: DatabaseInterface) -> None:
+    async with one.get_session() as session:
+        running = asyncio.create_task(session.fetch_value(slow(one)))
+        await asyncio.sleep(0.02)
+        waiting = session.execute(INSERT, ["never"])
+        waiting.send(None)
+        waiting.close()
+        await running
+        await session.execute(INSERT, ["a"])
+    assert await emptied(one) == ["a"]
+
+
+async def _drive(coroutine: Coroutine[Any, Any, None]) -> None:
+    """Run the coroutine by hand until it waits for long: it sleeps, or runs the slow query."""
+    pending: set[Any] = set()
+    while not pending:
+        future = coroutine.send(None)
+        if future is None:
+            await asyncio.sleep(0)
+        else:
+            # As a task does when it has taken notice.
+            future._asyncio_future_blocking = False
+            _, pending = await asyncio.wait([future], timeout=0.08)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        yield
+
+
+# Cut off from the server
+
+
+@contextlib.asynccontextmanager
+async def behind(db: DatabaseInterface) -> AsyncIterator[tuple[FaultProxy, DatabaseInterface]]:
+    """A proxy before the server, and the database as it is reached through it."""
+    if db.vendor == "sqlite":
+        pytest.skip("SQLite has no server")
+    settings = {**connections.settings[db.alias]}
+    host, port = settings["HOST"] or "127.0.0.1", settings["PORT"]
+    if host.startswith("/"):
+        pytest.skip("the server listens on a Unix socket")
+    port = int(port or {"postgresql": 5432, "mysql": 3306}[db.vendor])
+    async with FaultProxy(host, port) as proxy:
+        settings |= {"HOST": "127.0.0.1", "PORT": str(proxy.port)}
+        far = DatabaseInterface(db.alias, settings)
+        try:
+            yield proxy, far
+        finally:
+            await far.close()
+
+
+def on_commit_reply(action: Any) -> Callable[[str, bytes], Any]:
+    """A hook that does something to what the server says after COMMIT was sent."""
+    sent = False
+
+    def hook(who: str, data: bytes) -> Any:
+        nonlocal sent
+        if who == CLIENT and b"COMMIT" in data.upper():
+            sent = True
+        elif who == SERVER and sent:
+            return action() if callable(action) else action
+        return None
+
+    return hook
+
+
+async def test_a_commit_that_nobody_acknowledged_is_unknown_and_says_so(
+    db: DatabaseInterface,
+) -> None:
+    called: list[str] = []
+    async with behind(db) as (proxy, far):
+        session = await far.get_session().begin()
+        await session.execute(INSERT, ["a"])
+        session.on_commit(lambda: called.append("commit"))
+        session.on_rollback(lambda: called.append("rollback"))
+        proxy.hook = on_commit_reply(RESET)
+        with pytest.raises(CommitUnknown, match="was lost while COMMIT was on its way") as caught:
+            await session.commit()
+        assert isinstance(caught.value, OperationalError)
+        assert caught.value.__cause__ is not None
+        proxy.hook = None
+        assert session.closed
+        assert session.outcome is Outcome.UNKNOWN
+        await whole(far)
+        assert far.stats()["returns_bad"] == 1
+    assert called == []
+    assert await names(db) == ["a"]
+
+
+async def test_a_commit_cancelled_on_its_way_is_a_cancellation_with_an_unknown_outcome(
+    db: DatabaseInterface,
+) -> None:
+    called: list[str] = []
+    async with behind(db) as (proxy, far):
+        session = await far.get_session().begin()
+        await session.execute(INSERT, ["a"])
+        session.on_commit(lambda: called.append("commit"))
+        held = asyncio.Event()
+
+        async def hold() -> None:
+            held.set()
+            await asyncio.sleep(0.5)
+
+        proxy.hook = on_commit_reply(hold)
+        task = asyncio.create_task(session.commit())
+        await held.wait()
+        with Elapsed() as took:
+            task.cancel()
+            assert isinstance(await outcome_of(task), asyncio.CancelledError)
+        assert took.seconds < 2
+        assert session.closed
+        assert session.outcome is Outcome.UNKNOWN
+        proxy.hook = None
+        await whole(far)
+    assert called == []
+    assert await names(db) == ["a"]
+
+
+async def test_a_connection_lost_between_two_statements_is_never_replaced_silently(
+    db: DatabaseInterface,
+) -> None:
+    async with behind(db) as (proxy, far):
+        session = await far.get_session().begin()
+        await session.execute(INSERT, ["a"])
+        proxy.reset()
+        with pytest.raises(DatabaseError):
+            await session.execute(INSERT, ["b"])
+        with pytest.raises(DatabaseError):
+            await session.execute(INSERT, ["c"])
+        with pytest.raises(TransactionManagementError, match="because its connection was lost"):
+            await session.commit()
+        assert session.outcome is Outcome.ROLLED_BACK
+        await whole(far)
+    assert await names(db) == []
+
+
+async def test_a_frozen_network_does_not_hold_up_a_rollback(db: DatabaseInterface) -> None:
+    async with behind(db) as (proxy, far):
+        session = await far.get_session().begin()
+        await session.execute(INSERT, ["a"])
+        proxy.freeze()
+        with Elapsed() as took, contextlib.suppress(DatabaseError):
+            await session.rollback()
+        assert took.seconds < 3.5
+        assert session.closed
+        with Elapsed() as took, pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.3), far.get_session() as other:
+                await other.execute(INSERT, ["b"])
+        assert took.seconds < 2.5
+        proxy.thaw()
+        await whole(far)
+    assert await names(db) == []
+
+
+async def test_a_backend_ended_by_the_administrator(db: DatabaseInterface) -> None:
+    if db.vendor != "postgresql":
+        pytest.skip("pg_terminate_backend is PostgreSQL's")
+    session = await db.get_session().begin()
+    pid = await session.fetch_value("SELECT pg_backend_pid()")
+    await session.execute(INSERT, ["a"])
+    async with db.get_session() as other:
+        await other.execute("SELECT pg_terminate_backend(%s)", [pid])
+    with pytest.raises(OperationalError, match="terminating connection"):
+        await session.execute(INSERT, ["b"])
+    with pytest.raises(DatabaseError):
+        await session.execute(INSERT, ["c"])
+    with pytest.raises(TransactionManagementError, match="because its connection was lost"):
+        await session.commit()
+    assert session.closed
+    await whole(db)
+    assert await names(db) == []
+
+
+async def test_a_transaction_begun_by_sql_in_autocommit_mode_is_rolled_back_and_told(
+    one: DatabaseInterface, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with one.get_session(autocommit=True) as session:
+        await session.execute_script("BEGIN; INSERT INTO tests_user (name, level) VALUES ('a', 1)")
+        assert await session.fetch_value(COUNT) == 0
+    assert "begun by SQL" in caplog.text
+    assert await emptied(one) == []
+    assert one.stats()["returns_bad"] == 0
+
+
+# Many at once, and never a stall
+
+
+async def test_a_hundred_sessions_sleep_at_the_same_time_without_a_thread(
+    db: DatabaseInterface,
+) -> None:
+    if db.vendor == "sqlite":
+        pytest.skip("SQLite computes in this process")
+    with pool(db, max_size=60, min_size=60):
+        await db.connect()
+        await soon(lambda: db.stats()["pool_available"] == 60, 20)
+
+    async def sleep() -> None:
+        async with db.get_session() as session:
+            await session.fetch_value(slow(db, 0.3))
+
+    threads, times = threading.active_count(), []
+    for _ in range(3):
+        with Elapsed() as took:
+            await asyncio.gather(*(sleep() for _ in range(60)))
+        times.append(took.seconds)
+        assert threading.active_count() == threads
+    assert min(times) < 1
+
+
+async def everything(db: DatabaseInterface) -> None:
+    """Every kind of operation once."""
+    async with db.get_session() as session:
+        author = await session.add(Author(name="a"))
+        await session.run_sync(
+            Book.objects.using(db.alias).bulk_create,
+            [Book(title=f"{n}", author=author) for n in range(200)],
+        )
+        async for _ in session.stream("SELECT * FROM tests_book", chunk_size=50):
+            pass
+        await session.execute_script("SELECT 1; SELECT 2")
+        await session.execute_many(INSERT, [["a"]] * 50)
+        with contextlib.suppress(DatabaseError):
+            async with session.begin_nested():
+                await session.execute("SELECT * FROM no_such_table")
+        await session.commit()
+        await session.fetch_value(slow(db, 0.1))
+        await session.remove(author)
+        await session.rollback()
+    async with db.get_session(autocommit=True, timeout=10) as session:
+        await asyncio.gather(*(session.fetch_all("SELECT * FROM tests_book") for _ in range(5)))
+        await session.truncate(Values)
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(0.05), db.get_session() as session:
+            await session.fetch_value(slow(db, 1))
+    await whole(db)
+    await db.close()
+
+
+async def test_no_operation_stalls_the_loop(db: DatabaseInterface) -> None:
+    await everything(db)
+    worst = []
+    for _ in range(4):
+        async with LoopProbe() as probe:
+            with contextlib.suppress(DatabaseError):
+                await everything(db)
+        worst.append(probe.worst)
+    assert min(worst) < 0.05, worst
+
+
+async def test_sessions_cancelled_at_random_leave_nothing_behind(db: DatabaseInterface) -> None:
+    import random
+
+    random.seed(4711)
+    saved, cancelled = 0, 0
+
+    async def request() -> None:
+        async with db.get_session() as session:
+            await session.execute(INSERT, ["a"])
+            async with session.begin_nested():
+                await session.execute(INSERT, ["b"])
+
+    for _ in range(20):
+        tasks = [asyncio.create_task(request()) for _ in range(15)]
+        for task in random.sample(tasks, 5):
+            asyncio.get_running_loop().call_later(random.random() * 0.03, task.cancel)
+        for outcome in await asyncio.gather(*tasks, return_exceptions=True):
+            if outcome is None:
+                saved += 1
+            else:
+                assert isinstance(outcome, (asyncio.CancelledError, OperationalError)), outcome
+                cancelled += 1
+    assert cancelled > 5
+    await whole(db)
+    rows = await names(db)
+    assert rows.count("a") == rows.count("b") >= saved
+
+
+async def test_after_everything_the_server_has_no_session_of_ours_in_a_transaction(
+    db: DatabaseInterface,
+) -> None:
+    if db.vendor != "postgresql":
+        pytest.skip("pg_stat_activity is PostgreSQL's")
+    tasks = [asyncio.create_task(two_rows(db)) for _ in range(30)]
+    await asyncio.sleep(0.02)
+    for task in tasks[::3]:
+        task.cancel()
+    await asyncio.wait(tasks)
+    await whole(db)
+    settings = connections.settings[db.alias]
+    async with await psycopg.AsyncConnection.connect(
+        host=settings["HOST"], port=settings["PORT"] or None, user=settings["USER"] or None,
+        password=settings["PASSWORD"] or None, dbname=settings["NAME"],
+    ) as admin:  # fmt: skip
+        cursor = await admin.execute(
+            "SELECT state FROM pg_stat_activity WHERE datname = current_database() "
+            "AND pid <> pg_backend_pid() AND state <> 'idle'"
+        )
+        assert await cursor.fetchall() == []
+    with pytest.raises(SessionClosedError):
+        session = db.get_session()
+        await session.close()
+        await session.execute("SELECT 1")

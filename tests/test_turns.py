@@ -1,0 +1,434 @@
+"""Tasks that share a session: they queue, first come first served, and never freeze the loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from asgiref.sync import sync_to_async
+from django.db import DatabaseError, InterfaceError, connections
+
+from django_asyncsession import (
+    DatabaseInterface,
+    Session,
+    SessionClosedError,
+    SessionInUseError,
+    WrongLoopError,
+    bridge,
+)
+from django_asyncsession.turns import Turns, check_loop
+from tests.faults import Elapsed, LoopProbe, outcome_of, watchdog
+from tests.models import User
+from tests.sessions import COUNT, INSERT, names, pool, slow, whole
+
+
+@pytest.fixture(autouse=True)
+def _never_frozen() -> Iterator[None]:
+    with watchdog(60):
+        yield
+
+
+# The queue alone
+
+
+async def test_turns_are_given_in_the_order_of_asking() -> None:
+    turns, order = Turns("default"), []
+
+    async def take(name: str) -> None:
+        async with turns:
+            await asyncio.sleep(0)
+            order.append(name)
+
+    await asyncio.gather(*(take(name) for name in "abcde"))
+    assert order == list("abcde")
+    assert turns.task is None
+
+
+async def test_the_task_that_has_the_turn_may_come_again() -> None:
+    turns = Turns("default")
+    async with turns, turns:
+        async with turns:
+            assert turns.task is asyncio.current_task()
+        assert turns.task is asyncio.current_task()
+    assert turns.task is None
+
+
+async def test_a_cancelled_waiter_hands_the_turn_on() -> None:
+    turns, order = Turns("default"), []
+
+    async def take(name: str) -> None:
+        async with turns:
+            order.append(name)
+
+    async with turns:
+        waiters = [asyncio.create_task(take(name)) for name in "abc"]
+        await asyncio.sleep(0)
+        waiters[0].cancel()
+    waiters[1].cancel()
+    await asyncio.wait(waiters)
+    assert order == ["c"]
+    assert turns.task is None
+
+
+async def test_a_child_task_inside_the_turn_is_refused_instead_of_waiting_for_ever() -> None:
+    turns = Turns("default")
+
+    async def take() -> None:
+        async with turns:
+            raise AssertionError("entered")
+
+    async with turns:
+        token = turns.held()
+        child = asyncio.create_task(take(), name="child")
+        with pytest.raises(SessionInUseError, match="task 'child' uses the session of 'default'"):
+            await child
+        del token
+
+
+def test_without_a_loop_or_in_another_one_the_error_names_both() -> None:
+    loop = asyncio.new_event_loop()
+    try:
+        with pytest.raises(WrongLoopError, match=r"'default' belongs to <.*> and is used in None"):
+            check_loop(loop, "default")
+    finally:
+        loop.close()
+    check_loop(None, "default")
+
+
+# On real servers
+
+
+async def test_two_tasks_on_one_session_queue_for_it(db: DatabaseInterface) -> None:
+    async def attempt() -> float:
+        async with db.get_session() as session:
+            async with LoopProbe() as probe, asyncio.timeout(8):
+                first, second = await asyncio.gather(
+                    session.fetch_all(slow(db)), session.fetch_value("SELECT 2")
+                )
+            assert len(first) == 1 and second == 2
+            return probe.worst
+
+    assert min([await attempt() for _ in range(3)]) < 0.05
+
+
+async def test_a_hundred_tasks_on_one_session_all_get_their_own_answer(
+    db: DatabaseInterface,
+) -> None:
+    async with db.get_session() as session:
+        rows = await asyncio.gather(
+            *(session.fetch_value("SELECT %s + 0", [n]) for n in range(100)),
+            *(session.run_sync(User.objects.using(db.alias).count) for _ in range(20)),
+        )
+    assert rows == [*range(100), *[0] * 20]
+
+
+async def test_who_comes_after_a_commit_goes_on_in_the_next_transaction(
+    db: DatabaseInterface,
+) -> None:
+    async with db.get_session() as session:
+        await asyncio.gather(
+            session.execute(INSERT, ["a"]),
+            session.commit(),
+            session.execute(INSERT, ["b"]),
+            session.rollback(),
+            session.execute(INSERT, ["c"]),
+            session.commit(),
+            session.commit(),
+        )
+    assert await names(db) == ["a", "c"]
+    await whole(db)
+
+
+async def test_a_session_used_inside_its_own_sync_call(db: DatabaseInterface) -> None:
+    def outer(depth: int) -> int:
+        if depth == 0:
+            return int(bridge.await_(session.fetch_value(COUNT)))
+        User.objects.using(db.alias).create(name=f"{depth}")
+        return int(bridge.await_(session.run_sync(outer, depth - 1)))
+
+    async with db.get_session() as session:
+        assert await session.run_sync(outer, 10) == 10
+
+
+async def test_a_child_task_inside_a_sync_call_is_refused_and_nothing_freezes(
+    db: DatabaseInterface,
+) -> None:
+    def gathers() -> Any:
+        async def both() -> Any:
+            return await asyncio.gather(
+                session.execute("SELECT 1"), session.execute("SELECT 2"), return_exceptions=True
+            )
+
+        return bridge.await_(both())
+
+    async with asyncio.timeout(5), db.get_session() as session:
+        await session.execute("SELECT 1")
+        first, second = await session.run_sync(gathers)
+        assert isinstance(first, SessionInUseError) and isinstance(second, SessionInUseError)
+        assert "inside a call that task" in str(first)
+        await session.execute(INSERT, ["a"])
+    assert await names(db) == ["a"]
+
+
+async def test_a_background_task_begun_in_a_sync_call_may_use_the_session_later(
+    db: DatabaseInterface,
+) -> None:
+    tasks: list[asyncio.Task[Any]] = []
+
+    async def later() -> None:
+        await asyncio.sleep(0.01)
+        await session.execute(INSERT, ["later"])
+
+    async with db.get_session() as session:
+        await session.run_sync(lambda: tasks.append(asyncio.ensure_future(later())))
+        await tasks[0]
+    assert await names(db) == ["later"]
+
+
+# Ends and other tasks
+
+
+async def test_the_late_statement_of_a_gather_that_failed_is_refused(db: DatabaseInterface) -> None:
+    async def fails() -> None:
+        await asyncio.sleep(0.01)
+        raise ZeroDivisionError
+
+    async def late() -> None:
+        await asyncio.sleep(0.05)
+        await session.execute(INSERT, ["late"])
+
+    late_task = asyncio.create_task(late())
+    with pytest.raises(ZeroDivisionError):
+        async with db.get_session() as session:
+            await session.execute(INSERT, ["a"])
+            await asyncio.gather(fails(), late_task)
+    with pytest.raises(SessionClosedError):
+        await late_task
+    assert await names(db) == []
+    await whole(db)
+
+
+async def test_the_running_statement_of_a_gather_that_failed_is_cut(db: DatabaseInterface) -> None:
+    async def fails() -> None:
+        await asyncio.sleep(0.1)
+        raise ZeroDivisionError
+
+    session = db.get_session()
+    with Elapsed() as took, pytest.raises(ZeroDivisionError):
+        async with session:
+            await session.execute(INSERT, ["a"])
+            running = asyncio.create_task(session.fetch_value(slow(db, 4)))
+            queued = asyncio.create_task(session.execute(INSERT, ["queued"]))
+            await asyncio.gather(fails(), running, queued)
+    assert took.seconds < 2.5
+    with pytest.raises(SessionClosedError, match="was closed while this call was running"):
+        await running
+    with pytest.raises(SessionClosedError):
+        await queued
+    assert await names(db) == []
+    await whole(db)
+
+
+async def test_closing_cancelled_while_another_call_unwinds_still_ends_everything(
+    db: DatabaseInterface,
+) -> None:
+    release, unwinding = asyncio.Event(), asyncio.Event()
+
+    def stubborn() -> None:
+        try:
+            bridge.await_(asyncio.sleep(10))
+        finally:
+            unwinding.set()
+            bridge.await_(release.wait())
+
+    session = await db.get_session().begin()
+    await session.execute(INSERT, ["a"])
+    call = asyncio.create_task(session.run_sync(stubborn))
+    await asyncio.sleep(0.02)
+    closing = asyncio.create_task(session.close())
+    await unwinding.wait()
+    closing.cancel()
+    assert isinstance(await outcome_of(closing), asyncio.CancelledError)
+    assert session.closed
+    release.set()
+    assert isinstance(await outcome_of(call), SessionClosedError)
+    await whole(db)
+    assert await names(db) == []
+
+
+async def test_closing_twice_at_once_from_two_tasks(db: DatabaseInterface) -> None:
+    session = await db.get_session().begin()
+    await session.execute(INSERT, ["a"])
+    call = asyncio.create_task(session.fetch_value(slow(db, 4)))
+    await asyncio.sleep(0.05)
+    await asyncio.gather(session.close(), session.close())
+    assert isinstance(await outcome_of(call), SessionClosedError)
+    await whole(db)
+    assert await names(db) == []
+
+
+async def test_a_sibling_in_a_task_group_has_a_session_of_its_own(db: DatabaseInterface) -> None:
+    done = asyncio.Event()
+
+    async def victim() -> None:
+        async with db.get_session() as session:
+            await session.execute(INSERT, ["victim"])
+            await asyncio.sleep(10)
+
+    async def saved() -> None:
+        async with db.get_session() as session:
+            await session.execute(INSERT, ["saved"])
+        done.set()
+
+    async def fails() -> None:
+        await done.wait()
+        raise ZeroDivisionError
+
+    with pytest.raises(ExceptionGroup) as caught:
+        async with asyncio.TaskGroup() as group:
+            for part in (victim, saved, fails):
+                group.create_task(part())
+    assert caught.group_contains(ZeroDivisionError) and len(caught.value.exceptions) == 1
+    assert await names(db) == ["saved"]
+    await whole(db)
+
+
+async def test_a_background_task_that_outlives_the_session_never_writes_into_the_next_one(
+    db: DatabaseInterface,
+) -> None:
+    with pool(db, max_size=1):
+        await db.connect()
+    ended = asyncio.Event()
+
+    async def later(session: Session, result: Any) -> None:
+        await ended.wait()
+        with pytest.raises(SessionClosedError):
+            await session.execute(INSERT, ["foreign"])
+        with pytest.raises(SessionClosedError):
+            await result.fetch_row()
+
+    async with db.get_session() as first:
+        await first.add(User(name="a"))
+        task = asyncio.create_task(later(first, await first.cursor("SELECT 1")))
+    async with db.get_session() as second:
+        await second.execute(INSERT, ["b"])
+        ended.set()
+        await task
+    assert await names(db) == ["a", "b"]
+    await whole(db)
+
+
+async def test_a_stale_connection_or_cursor_sends_nothing(db: DatabaseInterface) -> None:
+    with pool(db, max_size=1):
+        await db.connect()
+
+    def handles() -> Any:
+        connection = connections[db.alias]
+        cursor = connection.cursor()
+        cursor.execute("SELECT 1")
+        User.objects.using(db.alias).bulk_create([User(name=name) for name in "xyz"])
+        iterator = User.objects.using(db.alias).iterator(chunk_size=1)
+        next(iterator)
+        return connection, cursor, iterator
+
+    async with db.get_session() as first:
+        connection, cursor, iterator = await first.run_sync(handles)
+    async with db.get_session() as second:
+        await second.execute(INSERT, ["a"])
+
+        def use(call: Any) -> None:
+            with pytest.raises(InterfaceError):
+                call()
+
+        for call in (lambda: cursor.execute(INSERT, ["foreign"]), lambda: cursor.fetchall()):
+            await second.run_sync(use, call)
+            await bridge.run(use, call)
+        await second.run_sync(use, lambda: next(iterator))
+        with pytest.raises(Exception, match=r"outside the session|async context"):
+            connection.cursor()
+    assert await names(db) == ["a", "x", "y", "z"]
+
+
+async def test_in_a_thread_the_connection_is_refused_with_the_remedy(db: DatabaseInterface) -> None:
+    def in_thread(connection: Any) -> str:
+        try:
+            with connection.cursor() as cursor:
+                cursor.execute(INSERT, ["from the thread"])
+        except DatabaseError as exc:
+            return str(exc)
+        except InterfaceError as exc:
+            return str(exc)
+        return "no error"
+
+    async with db.get_session() as session:
+        await session.execute("SELECT 1")
+
+        def call() -> tuple[str, str]:
+            connection = connections[db.alias]
+            return (
+                bridge.await_(sync_to_async(in_thread)(connection)),
+                bridge.await_(asyncio.to_thread(in_thread, connection)),
+            )
+
+        for message in await session.run_sync(call):
+            assert re.search(
+                "used outside the session|can only be used in that same thread", message
+            )
+        await session.execute(INSERT, ["a"])
+    assert await names(db) == ["a"]
+
+
+async def test_in_a_thread_the_session_itself_is_refused(db: DatabaseInterface) -> None:
+    async with db.get_session() as session:
+        await session.execute("SELECT 1")
+
+        def in_thread() -> list[str]:
+            errors = []
+            for use in (session.execute("SELECT 1"), session.commit(), session.close()):
+                with pytest.raises(WrongLoopError) as caught:
+                    asyncio.run(use)
+                errors.append(str(caught.value))
+            with pytest.raises(WrongLoopError, match="used in None"):
+                session.set_rollback(True)
+            return errors
+
+        for message in await asyncio.to_thread(in_thread):
+            assert message.count("EventLoop") == 2
+            assert "make a session in the loop that uses it" in message
+        await session.execute(INSERT, ["a"])
+        await session.commit()
+        with pytest.raises(WrongLoopError):
+            await asyncio.to_thread(lambda: asyncio.run(session.execute("SELECT 1")))
+    assert await names(db) == ["a"]
+    await whole(db)
+
+
+async def test_a_thread_may_ask_the_loop_to_use_the_session(db: DatabaseInterface) -> None:
+    loop = asyncio.get_running_loop()
+    async with db.get_session() as session:
+
+        def in_thread() -> int:
+            call = session.execute(INSERT, ["a"])
+            return asyncio.run_coroutine_threadsafe(call, loop).result(5)
+
+        assert await asyncio.to_thread(in_thread) == 1
+    assert await names(db) == ["a"]
+
+
+async def test_other_aliases_are_refused_in_a_sync_call(db: DatabaseInterface) -> None:
+    other = "sqlite" if db.alias == "default" else "default"
+
+    def touch() -> None:
+        User.objects.using(other).count()
+
+    async with db.get_session() as session:
+        with pytest.raises(InterfaceError, match=f"{other!r} is not the database of this session"):
+            await session.run_sync(touch)
+        with contextlib.suppress(InterfaceError):
+            await session.run_sync(touch)
+        await session.execute(INSERT, ["a"])
+    assert await names(db) == ["a"]
