@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import (
     AsyncGenerator,
@@ -108,8 +107,9 @@ class _Query:
         self._session = session
 
     def _with(self, **changes: Any) -> Self:
-        clone = copy.copy(self)
-        clone.__dict__.update(changes)
+        # What copy.copy() does, in a tenth of its time.
+        clone = object.__new__(type(self))
+        clone.__dict__ = {**self.__dict__, **changes}
         return clone
 
     async def run(self) -> Any:
@@ -129,7 +129,7 @@ class _Filtered(_Query):
         raise NotImplementedError
 
     def __call__(self, source: Any) -> Any:
-        return self._with(_given=self._start(source).using(self._session.alias))
+        return self._with(_given=self._start(source))
 
     def from_(self, source: Any) -> Any:
         """The query on this table: asyncqlio's other way to say it."""
@@ -162,20 +162,18 @@ class _Filtered(_Query):
         return self.where(condition)
 
 
-def _read_source(source: Any) -> QuerySet[Any]:
-    if isinstance(source, QuerySet):
-        return source
-    if isinstance(source, Manager):
-        return source.all()
+def _read_source(source: Any, alias: str) -> QuerySet[Any]:
+    if isinstance(source, (QuerySet, Manager)):
+        return source.using(alias)
     if isinstance(source, SelectQuery):
-        return source.queryset
-    return cast("QuerySet[Any]", model_of(source)._default_manager.all())
+        return source.queryset.using(alias)
+    return cast("QuerySet[Any]", model_of(source)._default_manager.using(alias))
 
 
-def _write_source(source: Any) -> QuerySet[Any]:
+def _write_source(source: Any, alias: str) -> QuerySet[Any]:
     if isinstance(source, (QuerySet, Manager, SelectQuery)):
-        return _read_source(source)
-    return cast("QuerySet[Any]", model_of(source)._base_manager.all())
+        return _read_source(source, alias)
+    return cast("QuerySet[Any]", model_of(source)._base_manager.using(alias))
 
 
 class SelectQuery(_Filtered, Generic[T]):
@@ -196,7 +194,7 @@ class SelectQuery(_Filtered, Generic[T]):
 
     def __call__(self, source: Source[M]) -> SelectQuery[M]:
         """The query on this model, row table, QuerySet or Manager."""
-        given = self._start(source).using(self._session.alias)
+        given = self._start(source)
         fresh: SelectQuery[M] = SelectQuery(self._session)
         return fresh._with(_given=given, _base=given)
 
@@ -205,7 +203,7 @@ class SelectQuery(_Filtered, Generic[T]):
         return self(source)
 
     def _start(self, source: Any) -> QuerySet[Any]:
-        return _read_source(source)
+        return _read_source(source, self._session.alias)
 
     def _apply(self, method: str, *args: Any, **kwargs: Any) -> Self:
         changed = getattr(self._queryset, method)(*args, **kwargs)
@@ -344,7 +342,7 @@ class SelectQuery(_Filtered, Generic[T]):
         return self._combined("difference", others)
 
     def _combined(self, method: str, others: tuple[Any, ...], **options: Any) -> Self:
-        querysets = [_read_source(other).using(self._session.alias) for other in others]
+        querysets = [_read_source(other, self._session.alias) for other in others]
         combined = getattr(self.queryset, method)(*querysets, **options)
         return self._with(_given=combined, _limit=None, _offset=0)
 
@@ -660,7 +658,7 @@ class _Written(_Filtered):
     _returning: tuple[Any, ...] | None = None
 
     def _start(self, source: Any) -> QuerySet[Any]:
-        return _write_source(source)
+        return _write_source(source, self._session.alias)
 
     def table(self, source: Any) -> Self:
         """The query on this table, under asyncqlio's name."""

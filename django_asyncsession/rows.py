@@ -14,7 +14,7 @@ from asyncio import get_running_loop
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
-from types import FrameType
+from types import FrameType, MappingProxyType
 from typing import Any, Final, TypeVar, cast
 
 import django
@@ -61,12 +61,10 @@ class Snapshot:
     def __init__(self, row: Model, *, made: bool = False):
         #: Whether a row table made the row: what is missing in it was never set.
         self.made = made
-        values = row.__dict__.copy()
-        del values["_state"]
-        self.values: dict[str, Any] = values
-        self.frozen = {
-            name: freeze(values[name]) for name, freeze in _mutable(type(row)) if name in values
-        }
+        self.values: dict[str, Any] = row.__dict__.copy()
+        del self.values["_state"]
+        mutable = _mutable(type(row))
+        self.frozen = _freeze(mutable, self.values) if mutable else _NOTHING
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()
@@ -77,6 +75,15 @@ class Snapshot:
     def primary_key(self, row: Model) -> tuple[Any, ...]:
         """The key that the row had."""
         return tuple(self.values.get(f.attname) for f in row._meta.pk_fields)
+
+
+_NOTHING: Final[Mapping[str, Any]] = MappingProxyType({})
+
+
+def _freeze(
+    mutable: Iterable[tuple[str, Callable[[Any], Any]]], values: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    return {name: freeze(values[name]) for name, freeze in mutable if name in values}
 
 
 @cache
@@ -97,6 +104,8 @@ def _freezer(field: Any) -> Callable[[Any], Any] | None:
 
 
 def _json_text(encoder: Any, value: Any) -> Any:
+    if value is None:
+        return None
     # As text, 1 and True differ, as they do in the column.
     try:
         return json.dumps(value, cls=encoder)
@@ -156,26 +165,27 @@ def remember(rows: Iterable[Any], *, anew: bool = False) -> None:
 
     With `anew` the given rows, just written or read again, get a new one.
     """
-    stack, seen = list(rows), set()
+    stack = list(rows)
     if anew:
         for row in stack:
             _mark(row, Snapshot(row))
+    seen = set()
     while stack:
         row = stack.pop()
         if id(row) in seen or not isinstance(row, Model):
             continue
         seen.add(id(row))
-        if "asyncsession" not in row._state.__dict__:
+        state = row._state.__dict__
+        if "asyncsession" not in state:
             _mark(row, Snapshot(row))
-        stack.extend(_loaded_with(row))
+        if state.get("fields_cache"):
+            stack.extend(state["fields_cache"].values())
+        if "_prefetched_objects_cache" in row.__dict__:
+            stack.extend(_prefetched(row))
 
 
-def _loaded_with(row: Model) -> Iterator[Any]:
-    yield from row._state.__dict__.get("fields_cache", {}).values()
-    prefetched = row.__dict__.get("_prefetched_objects_cache")
-    if prefetched is None:
-        return
-    for result in prefetched.values():
+def _prefetched(row: Model) -> Iterator[Any]:
+    for result in row.__dict__["_prefetched_objects_cache"].values():
         yield from result._result_cache or ()
     # Where a Prefetch with `to_attr` puts its rows.
     for value in row.__dict__.values():

@@ -86,7 +86,10 @@ class RowTable(Generic[M]):
         path_name = _path_name(self._model, name)
         if path_name is None and name in _ATTRIBUTES:
             return _ATTRIBUTES[name](self)
-        return column(self._model, (path_name or name,))
+        found = column(self._model, (path_name or name,))
+        # Next time it is found without coming here.
+        self.__dict__[name] = found
+        return found
 
     def __dir__(self) -> list[str]:
         fields = [f.name for f in self._model._meta.get_fields()]
