@@ -96,7 +96,8 @@ def _postgresql() -> Iterator[str]:
     server: Any = get_server(FOLDER / "postgresql", start=False)
     # The server is stopped with the last process that uses it; one that was killed never said so.
     users = server.global_process_id_list
-    users.put([pid for pid in users.get_and_remove(os.getpid()) if _is_alive(pid)])
+    if known := users.get_and_remove(os.getpid()):
+        users.put([pid for pid in known if _is_alive(pid)])
     try:
         server.start()
         with psycopg.connect(server.get_uri(), autocommit=True) as connection:
