@@ -330,6 +330,10 @@ class Column(Operators, F):
     def __deepcopy__(self, memo: dict[int, Any]) -> Column:
         return self
 
+    def copy(self) -> F:  # type: ignore[override]
+        """A plain `F`: Django renames such copies."""
+        return F(self._path)
+
     def deconstruct(self) -> tuple[str, tuple[Any, ...], dict[str, Any]]:
         """As a plain `F`, in migrations."""
         return "django.db.models.F", (self._path,), {}
@@ -342,12 +346,16 @@ class Column(Operators, F):
     @property
     def field(self) -> Any:
         """Django's field or relation; None for a part of a value (a JSON key, a year)."""
+        return self._own_field
+
+    @property
+    def _own_field(self) -> Any:
         return None if self._keys or not hasattr(self._field, "model") else self._field
 
     @property
     def type(self) -> Any:
         """The field again, under asyncqlio's name: it is where a column's type is decided."""
-        return self.field
+        return self._own_field
 
     @property
     def column(self) -> str:
@@ -383,7 +391,7 @@ class Column(Operators, F):
         return column(field.related_model, (field.target_field.name,))
 
     def _concrete(self) -> Any:
-        if not isinstance(self.field, Field):
+        if not isinstance(self._own_field, Field):
             raise AttributeError(f"{self!r} is no column of a table; it has no definition there")
         return self._field
 

@@ -68,9 +68,7 @@ class Runner(Protocol):
 class Results(list[T]):
     """The rows of a query: a list that `async for`, `next()` and `flatten()` take as well."""
 
-    def __init__(self, found: Iterable[T] = ()):
-        super().__init__(found)
-        self._left = iter(self)
+    _left: Iterator[T] | None = None
 
     async def __aiter__(self) -> AsyncIterator[T]:
         for row in self:
@@ -78,6 +76,8 @@ class Results(list[T]):
 
     async def next(self) -> T | None:
         """The next row, or None after the last."""
+        if self._left is None:
+            self._left = iter(self)
         return next(self._left, None)
 
     async def flatten(self) -> list[T]:
@@ -264,7 +264,7 @@ class SelectQuery(_Filtered, Generic[T]):
 
     def prefetch(self, *relations: Any) -> Self:
         """Loads these relations in one more statement each: names, columns or `Prefetch`."""
-        lookups = [r if hasattr(r, "prefetch_through") else path_of(r) for r in relations]
+        lookups = [rows.prefetch_lookup(r) for r in relations]
         model = self._queryset.model
         # Django reads the rows of a generic foreign key from the default database.
         late = [p for p in lookups if rows.is_generic(model, p)]

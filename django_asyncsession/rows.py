@@ -28,6 +28,7 @@ from django.db.models import (
     FileField,
     JSONField,
     Model,
+    Prefetch,
     TimeField,
     prefetch_related_objects,
 )
@@ -454,7 +455,7 @@ def load(rows: Sequence[Model], paths: Iterable[Any], using: str) -> None:
         AttributeError: the model has no such relation or field.
         RowNotFound: a row is not in the database any more.
     """
-    lookups = [getattr(p, "_path", p) for p in paths]
+    lookups = [prefetch_lookup(p) for p in paths]
     by_model: dict[type[Model], list[Model]] = {}
     for row in rows:
         by_model.setdefault(type(row), []).append(row)
@@ -466,6 +467,16 @@ def load(rows: Sequence[Model], paths: Iterable[Any], using: str) -> None:
             relations += _load_own(model, group, path, using)
         prefetch_related_objects(group, *relations)
     remember(rows)
+
+
+def prefetch_lookup(given: Any) -> Any:
+    """What Django takes as a relation to load: a path, or a `Prefetch` with a QuerySet."""
+    if not isinstance(given, Prefetch):
+        return getattr(given, "_path", given)
+    queryset: Any = given.queryset
+    if not hasattr(queryset, "queryset"):
+        return given
+    return Prefetch(given.prefetch_through, queryset.queryset, to_attr=given.to_attr)
 
 
 def _load_own(model: type[Model], group: list[Model], path: Any, using: str) -> list[Any]:

@@ -181,6 +181,8 @@ class _InsertStatement:
                 result += self._run_one(part, columns, suffix, params)
         for row in self.group:
             row._state.adding, row._state.db = False, self.using
+        if self.returning is None:
+            rows.fetch_missing(self.group, self.using)
         return result
 
     def _run_one(

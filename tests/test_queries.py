@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import pickle
 from datetime import date
 from typing import Any
 
 import pytest
 from django.db import DataError, NotSupportedError, connections
-from django.db.models import Avg, Count, F, Max, OuterRef, Prefetch, Q, Subquery, Value, Window
+from django.db.models import (
+    Avg,
+    Count,
+    F,
+    FilteredRelation,
+    Max,
+    OuterRef,
+    Prefetch,
+    Q,
+    Subquery,
+    Value,
+    Window,
+)
 from django.db.models.functions import ExtractYear, Length, Rank, Upper
 
 from django_asyncsession import Row, Session, UnboundedQueryError, databases, table
-from tests.models import Author, Book, Slug, Tag, User
+from tests.models import Author, Book, Hero, Member, Slug, Tag, User
 
 users, books, authors = table(User), table(Book), table(Author)
 
@@ -264,6 +277,31 @@ async def test_related_and_prefetched_rows_come_with_the_row(library: Session) -
     assert [b.title for b in found[1].author.all_books] == ["two", "three"]
 
 
+async def test_a_query_in_a_prefetch(library: Session) -> None:
+    red = library.select(Tag).where(table(Tag).name == "red")
+    (first, *_) = await library.select(Book).prefetch(Prefetch("tags", red)).order_by("title")
+    assert [t.name for t in first.tags.all()] == ["red"]
+    other = await library.get_one(Book, first.pk)
+    await library.load(other, Prefetch("tags", red, "reds"))
+    assert [t.name for t in other.reds] == ["red"]  # type: ignore[attr-defined]
+
+
+async def test_results_are_lists_that_can_be_cached(people: Session) -> None:
+    found = await people.select(User).order_by("name")
+    await found.next()
+    assert pickle.loads(pickle.dumps(found)) == list(found) and found[1:] == list(found)[1:]
+
+
+async def test_a_filtered_relation(library: Session) -> None:
+    dear = FilteredRelation("books", condition=authors.books.price > 6)
+    query = library.select(Author).annotate(dear=dear).where(dear__isnull=False).distinct()
+    assert names(await query) == ["Bea"]
+    members = table(Member)
+    condition = members.active & (members.email != "x")
+    assert await library.select(Member).where(condition).count() == 0
+    assert members.active.name == "active"
+
+
 async def test_annotations(library: Session) -> None:
     newest = Subquery(
         Book.objects.filter(author=OuterRef("pk")).order_by("-price").values("title")[:1]
@@ -439,6 +477,9 @@ async def test_delete_follows_on_delete(library: Session) -> None:
     assert await library.select(Book).columns("title", "editor").scalars() == ["one"]
     assert await library.delete(Book).where(books.title == "none") == 0
     assert await library.delete.from_(Tag).where(name="red") == 1
+    await library.insert.rows(Hero(name="h"), Hero(name="i"))
+    assert await library.delete(Hero).where(name="h") == 1
+    assert await library.delete(User).where(name="i") == 1
 
 
 async def test_the_names_of_asyncqlio(people: Session) -> None:

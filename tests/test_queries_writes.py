@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 from django.db import IntegrityError, NotSupportedError, connections
-from django.db.models import F, Q
+from django.db.models import F, Q, Value
+from django.db.models.functions import Upper
 
 from django_asyncsession import Row, Session, UpsertQuery, excluded, table
 from tests.models import Account, Author, Book, Box, Line, Member, Restaurant, User, Values
@@ -55,6 +56,17 @@ async def test_rows_with_and_without_keys_and_of_several_models(session: Session
     assert rows[1].pk == 500
     found = await session.select(User).in_bulk([rows[0].pk, 500, rows[3].pk])
     assert [found[row.pk].name for row in (rows[0], rows[1], rows[3])] == ["a", "b", "d"]
+
+
+async def test_expressions_are_values_too(session: Session) -> None:
+    made = users(name=Upper(Value("x")), level=Value(2) + 3)
+    (row,) = await session.insert.rows(made)
+    assert (row.name, row.level) == ("X", 5)
+    one = members(email=Upper(Value("a")), club="c")
+    (row,) = await session.insert.rows(one).on_conflict("email", "club").update("name")
+    assert row.email == "A"
+    other = await session.add(users(name=Upper(Value("y"))))
+    assert other.name == "Y"
 
 
 async def test_insert_of_related_rows(session: Session) -> None:
