@@ -18,15 +18,18 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, closing, suppress
 from datetime import date
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
 import httpx
+import psycopg
 import pytest
 from django.core.management import CommandError, call_command
 from django.db import connections
 from django.test import AsyncClient, override_settings
 
+import testproject.demo
 from testproject import settings as shop_settings
 from testproject.shop.management.commands import seed
 from testproject.shop.models import Author, Book, Customer, Order, OrderLine, Stock
@@ -624,6 +627,19 @@ async def test_the_demo_says_where_it_is_and_stops_on_a_signal(shop: str, number
     assert f"http://127.0.0.1:{port}/order/" in said and f"curl http://127.0.0.1:{port}/" in said
     assert said.endswith("The shop is closed.\n") and "Traceback" not in said
     assert process.returncode == 0
+
+
+def test_the_demo_starts_its_server_where_none_was_and_after_it_was_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(testproject.demo, "FOLDER", tmp_path / "demo")
+    data = tmp_path / "demo" / "postgresql"
+    for _ in range(2):
+        with testproject.demo._postgresql() as url, psycopg.connect(url) as connection:
+            assert connection.execute("SELECT current_database()").fetchone() == ("shop",)
+        assert not (data / "postmaster.pid").exists()
+        # What a process that was killed leaves: it is one of the server's users for ever.
+        (data / ".handle_pids.json").write_text("[99999999]")
 
 
 def test_the_demo_says_in_one_line_that_its_port_is_taken() -> None:
