@@ -429,9 +429,6 @@ class Transaction(Executor):
         if self._checkout.is_lost:
             return "is rolled back, because its connection was lost"
         if wrapper.left_by_sql:
-            # What the user's own COMMIT saved is saved.
-            self.outcome = Outcome.UNKNOWN
-            wrapper.abandon()
             return (
                 "was ended by SQL inside it; use commit(), rollback() and savepoints instead of "
                 "sending COMMIT or ROLLBACK"
@@ -489,7 +486,10 @@ class Transaction(Executor):
             self.outcome = self.outcome or Outcome.ROLLED_BACK
 
     async def _send_rollback(self, wrapper: BridgedMixin, atomic: Atomic) -> None:
-        if self._checkout.is_lost:
+        lost = self._checkout.is_lost
+        if lost or wrapper.left_by_sql:
+            # What the user's own COMMIT saved is saved.
+            self.outcome = self.outcome if lost else Outcome.UNKNOWN
             wrapper.abandon()
             return
         # One ROLLBACK undoes what is in the blocks too.

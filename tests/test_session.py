@@ -673,8 +673,8 @@ async def test_in_autocommit_mode_gather_is_parallel_on_connections_of_their_own
                 await asyncio.sleep(0.005)
 
         watcher = asyncio.create_task(watch())
-        async with asyncio.timeout(5), LoopProbe() as probe:
-            await asyncio.gather(*(session.execute(slow(db)) for _ in range(5)))
+        async with asyncio.timeout(20), LoopProbe() as probe:
+            await asyncio.gather(*(session.execute(slow(db, 0.1)) for _ in range(5)))
         watcher.cancel()
     assert most == 5
     assert probe.worst < longest_stall()

@@ -275,8 +275,9 @@ async def test_a_sibling_in_a_task_group_has_a_session_of_its_own(db: DatabaseIn
     done = asyncio.Event()
 
     async def victim() -> None:
-        async with db.get_session() as session:
-            await session.execute(INSERT, ["victim"])
+        # On SQLite a writer would hold up the other.
+        async with db.get_session(read_only=db.vendor == "sqlite" or None) as session:
+            await session.execute(*((COUNT,) if db.vendor == "sqlite" else (INSERT, ["victim"])))
             await asyncio.sleep(10)
 
     async def saved() -> None:
