@@ -183,8 +183,11 @@ async def test_no_thread_is_used(db: DatabaseInterface) -> None:
             assert threading.active_count() == before
 
     await work(0)
-    async with LoopProbe() as probe:
-        await asyncio.gather(*(work(n) for n in range(1, 200)))
+    async with LoopProbe() as probe, asyncio.TaskGroup() as tasks:
+        for n in range(1, 200):
+            tasks.create_task(work(n))
+            # Otherwise the loop is busy with beginning all of them.
+            await asyncio.sleep(0)
     assert len(rows()) == 200
     assert len(sessions()) == db.stats()["pool_size"] <= 10
     assert probe.worst < longest_stall()
@@ -230,8 +233,10 @@ async def test_settings_hold_as_with_djangos_driver(t: None) -> None:
         )
         mode = "NO_BACKSLASH_ESCAPES,STRICT_ALL_TABLES"
         assert row == (mode, "de_DE", 7, "utf8mb4_unicode_ci", "SERIALIZABLE", 1, "utf8mb4")
-        for value in ("back\\slash", "quo'te", "' OR 1=1 -- ", b"\\'\x00\xff' -- ", 'dou"ble'):
+        for value in ("back\\slash", "quo'te", "' OR 1=1 -- ", 'dou"ble'):
             assert await session.fetch_value("SELECT %s", [value]) == value
+        value = b"\\'\x00\xff' -- "
+        assert await session.fetch_value("SELECT _binary %s", [value]) == value
         assert await session.fetch_value("SELECT %(a)s", {"a": "\\'"}) == "\\'"
     await db.close()
 
@@ -851,12 +856,14 @@ async def test_parameters_are_quoted_by_their_type(db: DatabaseInterface) -> Non
         (datetime.date(2024, 2, 29), "2024-02-29"),
         (datetime.timedelta(hours=30, microseconds=5), "30:00:00.000005"),
         ("a'b\\c\"%s", "a'b\\c\"%s"),
-        (b"\x00'\\\xff", b"\x00'\\\xff"),
-        (bytearray(b"x"), b"x"),
+        (b"bytes'", "bytes'"),
+        (bytearray(b"x"), "x"),
     ]
     async with db.get_session() as session:
         for value, expected in values:
             assert await session.fetch_value("SELECT %s", [value]) == expected
+        value = bytes(range(256))
+        assert await session.fetch_value("SELECT _binary %s", [value]) == value
         assert await session.fetch_value("SELECT 2 IN %s", [(1, 2)]) == 1
 
 

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import threading
 import weakref
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Generator, Iterator
 from functools import partial
 from itertools import islice
 from queue import SimpleQueue
@@ -207,6 +207,7 @@ class Connection:
     def cursor(self, *args: Any, **kwargs: Any) -> Cursor:
         """A cursor of the driver, whose calls run in the thread too. Making it asks nothing of
         the database."""
+        self._check_open()
         return Cursor(self, self._raw.cursor(*args, **kwargs))
 
     def commit(self) -> None:
@@ -231,11 +232,7 @@ class Connection:
         if wrapper is None:
             return fn(*args, **kwargs)
         wrapper.check_served()
-        if self._thread.ended:
-            raise wrapper.Database.InterfaceError(
-                f"the connection to {wrapper.alias!r} is closed; roll back, and run the whole "
-                "transaction again"
-            )
+        self._check_open()
         if not in_bridge():
             return fn(*args, **kwargs)
         call = partial(fn, *args, **kwargs) if args or kwargs else fn
@@ -252,6 +249,19 @@ class Connection:
             raise
         wrapper.after_call(None)
         return result if result is not self._raw else self
+
+    def _check_open(self) -> None:
+        wrapper = self._owner()
+        if self._thread.ended and wrapper is not None:
+            raise wrapper.Database.InterfaceError(
+                f"the connection to {wrapper.alias!r} is closed; roll back, and run the whole "
+                "transaction again"
+            )
+
+    def _answered(self) -> None:
+        """A statement succeeded, so the transaction has not failed."""
+        if (wrapper := self._owner()) is not None:
+            wrapper.unanswered = False
 
     def _statement(self, execute: Callable[..., Any], *args: Any) -> Any:
         """Execute; called in the thread, where a backend may add what belongs to each
@@ -290,6 +300,8 @@ class Cursor:
         self._rows: Iterator[Any] = iter(())
         # The driver has no more rows than those that came along.
         self._exhausted = True
+        # The sequence that the driver gives rows in: Django compares an empty one.
+        self._kind: type[Any] = list
         connection._cursors.add(self)
 
     def __getattr__(self, name: str) -> Any:
@@ -340,17 +352,17 @@ class Cursor:
         rows = self._fetch(1)
         return rows[0] if rows else None
 
-    def fetchmany(self, size: int | None = None) -> list[Any]:
-        """The next rows, an empty list after the last."""
+    def fetchmany(self, size: int | None = None) -> Any:
+        """The next rows, an empty sequence after the last."""
         size = self._raw.arraysize if size is None else size
-        rows = list(islice(self._rows, size))
-        return rows if len(rows) == size else rows + self._fetch(size - len(rows))
+        rows = self._kind(islice(self._rows, size))
+        return rows if len(rows) == size else rows + self._kind(self._fetch(size - len(rows)))
 
-    def fetchall(self) -> list[Any]:
+    def fetchall(self) -> Any:
         """All rows that are left."""
-        rows = list(self._rows)
+        rows = self._kind(self._rows)
         if not self._exhausted:
-            rows += self._connection._call(self._raw.fetchall)
+            rows += self._kind(self._connection._call(self._raw.fetchall))
             self._exhausted = True
         return rows
 
@@ -366,30 +378,34 @@ class Cursor:
             self._connection._call(self._raw.close)
 
     def _executing(self, execute: Callable[..., Any], *args: Any) -> Any:
-        self._rows, self._exhausted = iter(()), False
+        self._rows, self._exhausted = iter(()), True
         result, rows, self._exhausted = self._connection._call(
             self._execute_and_fetch, execute, args, in_bridge()
         )
         self._rows = iter(rows)
+        self._connection._answered()
         return self if result is self._raw else result
 
     def _execute_and_fetch(
         self, execute: Callable[..., Any], args: tuple[Any, ...], ahead: bool
-    ) -> tuple[Any, list[Any], bool]:
+    ) -> tuple[Any, Any, bool]:
         result = self._connection._statement(execute, *args)
         if not self._raw.description:
             return result, [], True
         if not ahead:
             return result, [], False
-        rows = list(self._raw.fetchmany(FIRST_ROWS))
+        rows = self._raw.fetchmany(FIRST_ROWS)
+        self._kind = type(rows)
         return result, rows, len(rows) < FIRST_ROWS
 
-    def _fetch(self, size: int) -> list[Any]:
+    def _fetch(self, size: int) -> Any:
         """The next `size` rows of the driver; those fetched with them wait for the next call."""
         if self._exhausted:
             return []
         if not in_bridge():
-            return list(self._connection._call(self._raw.fetchmany, size))
+            rows = self._connection._call(self._raw.fetchmany, size)
+            self._kind = type(rows)
+            return rows
         wanted = max(size, FIRST_ROWS)
         rows = self._connection._call(self._raw.fetchmany, wanted)
         self._exhausted = len(rows) < wanted
@@ -424,13 +440,15 @@ class Mixin(BridgedMixin, _Base):
     harmless: ClassVar[frozenset[str]] = frozenset(
         {"select", "insert", "update", "delete", "with", "values", "savepoint", "release"}
         | {"rollback", "commit", "begin", "explain", "create", "alter", "drop", "truncate"}
+        | {"show"}
     )
 
     connection: Any
     # Seconds that each driver call may take.
     statement_timeout: float | None = None
     _thread: DriverThread | None = None
-    _unanswered = False
+    # The last statement failed, which may have failed the whole transaction.
+    unanswered = False
 
     def get_new_connection(self, conn_params: dict[str, Any]) -> Any:
         thread = self._thread = DriverThread(f"database {self.alias}")
@@ -440,13 +458,26 @@ class Mixin(BridgedMixin, _Base):
         except BaseException as exc:
             connection._abandon()
             if isinstance(exc, Exception) and in_bridge():
-                await_(self._thread_gone(thread))
+                await_(Farewell(self, thread))
             raise
         return connection
 
     def connect_driver(self, conn_params: dict[str, Any]) -> Any:
         """Connect as Django does, and return the driver's own connection; runs in the thread."""
         return super().get_new_connection(conn_params)
+
+    def create_cursor(self, name: str | None = None) -> Any:
+        connection = self.connection
+        if not isinstance(connection, Connection):
+            return super().create_cursor(name)
+        connection._check_open()
+        # Some backends have cursor classes of their own, which want the driver's own connection.
+        self.connection = connection._raw
+        try:
+            raw = super().create_cursor(name)
+        finally:
+            self.connection = connection
+        return Cursor(connection, raw)
 
     def interrupt(self) -> None:
         """Ask the driver to end the running call; called in the loop's thread, so it must not
@@ -461,9 +492,8 @@ class Mixin(BridgedMixin, _Base):
 
     def after_call(self, error: Exception | None) -> None:
         """Called after each driver call, with its error if there was one."""
-        # A failed statement may have failed the whole transaction; an answered one shows that not.
-        self._unanswered = error is not None
         if error is not None:
+            self.unanswered = True
             self.driver_failed(error)
 
     # Transactions
@@ -477,7 +507,7 @@ class Mixin(BridgedMixin, _Base):
         self.statement_timeout = options.timeout
 
     def _commit(self) -> None:
-        if self._unanswered and self.pooled and not self.is_usable():
+        if self.unanswered and self.pooled and not self.is_usable():
             raise TransactionManagementError(
                 f"the transaction on {self.alias!r} has failed, so it cannot be committed; "
                 "catch the error around a nested block"
@@ -513,7 +543,7 @@ class Mixin(BridgedMixin, _Base):
 
     def scrub(self) -> None:
         super().scrub()
-        self._unanswered = False
+        self.unanswered = False
 
     def close_driver(self) -> None:
         if self._thread is None:
@@ -524,11 +554,19 @@ class Mixin(BridgedMixin, _Base):
 
     def farewell(self) -> Awaitable[None] | None:
         thread = self._thread
-        return self._thread_gone(thread) if thread is not None and thread.alive else None
+        return Farewell(self, thread) if thread is not None and thread.alive else None
 
-    async def _thread_gone(self, thread: DriverThread) -> None:
+
+class Farewell:
+    """Waits until the thread of an abandoned connection is gone; can be awaited again when it was
+    cancelled."""
+
+    def __init__(self, wrapper: Mixin, thread: DriverThread) -> None:
+        self._wrapper, self._thread = wrapper, thread
+
+    def __await__(self) -> Generator[Any, Any, None]:
         pause = LOOK_MIN
-        while thread.alive:
-            self.interrupt_again(thread)
-            await asyncio.sleep(pause)
+        while self._thread.alive:
+            self._wrapper.interrupt_again(self._thread)
+            yield from asyncio.sleep(pause).__await__()
             pause = min(2 * pause, LOOK_MAX)

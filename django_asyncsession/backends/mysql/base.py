@@ -271,7 +271,7 @@ class Mixin(BridgedMixin, _Base):
     def farewell(self) -> Awaitable[None] | None:
         if self.connection is None or not self.cut:
             return None
-        return self.connection.kill()  # type: ignore[no-any-return]
+        return self.connection.farewell()  # type: ignore[no-any-return]
 
 
 def _leaves_traces(text: str) -> bool:

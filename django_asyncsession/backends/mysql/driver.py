@@ -12,7 +12,7 @@ import os
 import socket
 import struct
 import weakref
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import MySQLdb
@@ -307,8 +307,8 @@ class Connection:
     def _binary_literal(self, value: bytes) -> bytes:
         # asyncmy escapes bytes with backslashes even when the server takes those for themselves.
         if self.raw.server_status & SERVER_STATUS_NO_BACKSLASH_ESCAPES:
-            return b"_binary'" + value.replace(b"'", b"''") + b"'"
-        text: str = converters.escape_bytes_prefixed(value)
+            return b"'" + value.replace(b"'", b"''") + b"'"
+        text: str = converters.escape_bytes(value)
         return text.encode("ascii", "surrogateescape")
 
     # The end
@@ -340,18 +340,31 @@ class Connection:
             # The loop is closed. The server shall know all the same.
             _shut_down(transport)
 
-    async def kill(self) -> None:
-        """End what the abandoned connection left running: KILL QUERY over a connection of its
-        own, until the server has dropped the session."""
-        thread_id = self.thread_id()
+    def farewell(self) -> Farewell:
+        """What ends on the server what the abandoned connection left running there."""
+        return Farewell(self._reopen, self.thread_id())
+
+
+class Farewell:
+    """KILL QUERY over a connection of its own, until the server has dropped the session; can be
+    awaited again when it was cancelled."""
+
+    def __init__(self, reopen: Callable[[], Any], thread_id: int) -> None:
+        self._reopen, self._thread_id = reopen, thread_id
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        return self._say().__await__()
+
+    async def _say(self) -> None:
         side = self._reopen()
         try:
             await side.connect()
             pause = LOOK_MIN
-            while (state := await _state_of(side, thread_id)) is not None:
-                if state:
+            while (running := await _is_running(side, self._thread_id)) is not None:
+                if running:
+                    # The session may have ended in between.
                     with contextlib.suppress(errors.OperationalError):
-                        await side.query(f"KILL QUERY {thread_id}")
+                        await side.query(f"KILL QUERY {self._thread_id}")
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, LOOK_MAX)
             await side.ensure_closed()
@@ -359,7 +372,7 @@ class Connection:
             side.close()
 
 
-async def _state_of(side: Any, thread_id: int) -> bool | None:
+async def _is_running(side: Any, thread_id: int) -> bool | None:
     """Whether the session runs a statement; None when it is gone."""
     await side.query(
         f"SELECT command <> 'Sleep' FROM information_schema.processlist WHERE id = {thread_id}"
