@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +29,6 @@ MIDDLEWARE = [
 DATABASES = {
     "default": dj_database_url.config(default="postgresql://postgres@127.0.0.1:5432/shop"),
 }
-if DATABASES["default"]["ENGINE"].endswith(".mysql") and not find_spec("MySQLdb"):
-    # Django's backend wants mysqlclient, which needs a C compiler; PyMySQL stands in for it.
-    import_module("pymysql").install_as_MySQLdb()
 POOL_MAX_SIZE = int(os.environ.get("POOL_MAX_SIZE", "10"))
 ASYNC_SESSION: dict[str, Any] = {
     "POOLS": {"default": {"min_size": 1, "max_size": POOL_MAX_SIZE}},
