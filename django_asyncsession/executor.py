@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import enum
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
@@ -151,7 +151,9 @@ class Executor:
             try:
                 yield
             finally:
-                _held.reset(token)
+                # A coroutine may be closed in another context, and even thread, than it ran in.
+                with suppress(ValueError):
+                    _held.reset(token)
 
     def _check_open(self) -> None:
         if self.state is State.NEW:

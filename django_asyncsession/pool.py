@@ -446,6 +446,13 @@ class Pool(Generic[C]):
     # Taking connections back
 
     def _take_back(self, lease: Lease[C], usable: bool) -> None:
+        if self._loop.is_running() and not self._can_spawn():
+            # The holder was collected, and unwound, in another thread.
+            with contextlib.suppress(RuntimeError):  # closed meanwhile
+                self._loop.call_soon_threadsafe(
+                    self._take_back, lease, usable, context=contextvars.Context()
+                )
+            return
         self._leases.discard(lease)
         self._leased -= 1
         self._counts["usage_ms"] += round((time.monotonic() - lease.since) * 1000)

@@ -115,7 +115,6 @@ class Session:
                 f"{self!r} made at {self._site} was never closed; use `async with`, or await "
                 "session.close()",
                 ResourceWarning,
-                source=self,
                 stacklevel=2,
             )
 

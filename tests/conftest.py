@@ -6,7 +6,6 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import AsyncIterator, Iterator
-from typing import Any
 
 import pytest
 from django.apps import apps
@@ -24,7 +23,6 @@ ALIASES = {"default": "postgresql", "sqlite": "sqlite", "mysql": "mysql"}
 def django_db_setup(
     request: pytest.FixtureRequest,
     django_test_environment: None,
-    django_db_modify_db_settings: None,
     django_db_blocker: DjangoDbBlocker,
     django_db_createdb: bool,
     django_db_keepdb: bool,
@@ -44,9 +42,6 @@ def django_db_setup(
 @pytest.fixture(scope="session", autouse=True)
 def test_databases(django_db_setup: None, django_db_blocker: DjangoDbBlocker) -> Iterator[None]:
     """Sessions commit for real on connections of their own, so access is open to every test."""
-    # Each test collects its garbage, to hear of what it leaked; what is there now need not be seen.
-    gc.collect()
-    gc.freeze()
     with django_db_blocker.unblock():
         yield
 
@@ -74,39 +69,22 @@ _KEPT = {"auth_permission"}
 
 
 @pytest.fixture
-def empty_tables(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Empties the tables after a test that commits: those of its alias, or of all databases."""
-    chosen = "alias" in request.fixturenames
-    aliases = [request.getfixturevalue("alias")] if chosen else list(settings.DATABASES)
+def empty_tables() -> Iterator[None]:
+    """Empties all tables after the test, for a test that commits."""
     yield
-    for using in aliases:
+    for using in settings.DATABASES:
         connection = connections[using]
-        names = [connection.ops.quote_name(t) for t in tables(using) if t not in _KEPT]
-        with connection.constraint_checks_disabled(), connection.cursor() as cursor:
-            if connection.vendor == "postgresql":
-                _truncate(cursor, names)
-            else:
-                for name in _filled(cursor, names):
-                    cursor.execute(f"DELETE FROM {name}")
+        if connection.vendor == "postgresql":
+            names = ", ".join(f'"{t}"' for t in tables(using) if t not in _KEPT)
+            with connection.cursor() as cursor:
+                cursor.execute("SET lock_timeout = '10s'")
+                cursor.execute(f"TRUNCATE {names} RESTART IDENTITY CASCADE")
+        else:
+            with connection.constraint_checks_disabled(), connection.cursor() as cursor:
+                for name in tables(using):
+                    if name not in _KEPT:
+                        cursor.execute(f"DELETE FROM {connection.ops.quote_name(name)}")
     gc.collect()
-
-
-def _truncate(cursor: Any, names: list[str]) -> None:
-    """Empty the tables that have rows, and start all keys anew: truncating is slow."""
-    cursor.execute("SET lock_timeout = '10s'")
-    if filled := _filled(cursor, names):
-        cursor.execute(f"TRUNCATE {', '.join(filled)} CASCADE")
-    cursor.execute(
-        "SELECT setval(quote_ident(schemaname) || '.' || quote_ident(sequencename), "
-        "start_value, false) FROM pg_sequences "
-        "WHERE last_value IS NOT NULL AND schemaname = 'public' "
-        "AND sequencename NOT LIKE 'auth_permission%' AND sequencename NOT LIKE 'django_%'"
-    )
-
-
-def _filled(cursor: Any, names: list[str]) -> list[str]:
-    cursor.execute(" UNION ALL ".join(f"SELECT EXISTS (SELECT 1 FROM {name})" for name in names))
-    return [name for name, (filled,) in zip(names, cursor.fetchall(), strict=True) if filled]
 
 
 @pytest.fixture

@@ -10,11 +10,9 @@ import sys
 import textwrap
 import threading
 import time
-import uuid
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import psycopg
 import pytest
@@ -31,6 +29,7 @@ from django_asyncsession.exceptions import (
     WrongLoopError,
 )
 from tests.faults import Elapsed, FaultProxy, LoopProbe, OwnServer, outcome_of, watchdog
+from tests.postgres import dsn_of_tests, gone, new_name, sessions_of
 
 SECRET = "s3kr1t-word"
 
@@ -49,50 +48,16 @@ def own_server() -> Iterator[OwnServer]:
     server.stop()
 
 
-def test_dsn(**parameters: Any) -> str:
-    """A DSN of the test database on the shared server."""
-    settings = connections["default"].settings_dict
-    login = quote(settings["USER"], safe="")
-    if settings["PASSWORD"]:
-        login += f":{quote(settings['PASSWORD'], safe='')}"
-    host, port = parameters.pop("host", settings["HOST"]), parameters.pop("port", settings["PORT"])
-    query = "&".join(f"{name}={quote(str(value), safe='')}" for name, value in parameters.items())
-    return f"postgresql://{login}@{quote(host, safe='')}:{port or 5432}/{settings['NAME']}?{query}"
-
-
-test_dsn.__test__ = False  # type: ignore[attr-defined]
-
-
 @pytest.fixture
 def name() -> str:
     """An application_name that only this test uses."""
-    return f"das-test-{uuid.uuid4().hex[:12]}"
-
-
-def sessions_of(name: str) -> int:
-    """How many server sessions there are under an application_name; asked on a connection of its
-    own."""
-    with psycopg.connect(test_dsn(), autocommit=True) as connection:
-        [[count]] = connection.execute(
-            "SELECT count(*) FROM pg_stat_activity WHERE application_name = %s", [name]
-        ).fetchall()
-    return int(count)
-
-
-async def gone(name: str, seconds: float = 1) -> bool:
-    """Whether no server session is left under the name after a while."""
-    deadline = time.monotonic() + seconds
-    while sessions_of(name):
-        if time.monotonic() > deadline:
-            return False
-        await asyncio.sleep(0.02)
-    return True
+    return new_name()
 
 
 @pytest.fixture
 async def db(name: str) -> AsyncIterator[DatabaseInterface]:
     """An interface of the test's own."""
-    interface = DatabaseInterface.from_dsn(test_dsn(application_name=name), alias="own")
+    interface = DatabaseInterface.from_dsn(dsn_of_tests(application_name=name), alias="own")
     yield interface
     await interface.close()
     assert await gone(name)
@@ -117,7 +82,7 @@ def test_an_unknown_alias_is_named_beside_the_known_ones() -> None:
 async def test_it_knows_its_vendor_features_and_server_version() -> None:
     db = databases["default"]
     assert db.vendor == "postgresql" and db.features.has_select_for_update
-    with psycopg.connect(test_dsn()) as connection:
+    with psycopg.connect(dsn_of_tests()) as connection:
         [[version]] = connection.execute("SHOW server_version").fetchall()
     assert version.startswith(await db.get_db_server_version())
     assert 0 < await db.ping() < 5
@@ -132,7 +97,9 @@ async def test_sessions_use_the_name_that_the_test_runner_gave_the_database() ->
 
 
 async def test_a_renamed_database_gets_a_new_pool(name: str) -> None:
-    db = DatabaseInterface("renamed", dict(DatabaseInterface.from_dsn(test_dsn())._settings_dict))
+    db = DatabaseInterface(
+        "renamed", dict(DatabaseInterface.from_dsn(dsn_of_tests())._settings_dict)
+    )
     first = (await db.connect()).pool()
     db._own_settings["NAME"] = "postgres"  # type: ignore[index]
     async with db.get_session() as session:
@@ -226,7 +193,7 @@ async def refusal(dsn: str) -> OperationalError:
 async def test_a_server_that_is_down_is_told_within_a_second() -> None:
     async with FaultProxy() as proxy:
         await proxy.refuse()
-        error = await refusal(test_dsn(host="127.0.0.1", port=proxy.port))
+        error = await refusal(dsn_of_tests(host="127.0.0.1", port=proxy.port))
     assert "Connection refused" in str(error)
 
 
@@ -252,7 +219,7 @@ async def test_a_role_that_does_not_exist_is_told_within_a_second(own_server: Ow
 
 
 async def test_a_host_that_does_not_exist_is_told_without_a_stall() -> None:
-    db = DatabaseInterface.from_dsn(test_dsn(host="nowhere.invalid"), alias="refused")
+    db = DatabaseInterface.from_dsn(dsn_of_tests(host="nowhere.invalid"), alias="refused")
     async with LoopProbe() as probe:
         with pytest.raises(OperationalError, match=r"nowhere\.invalid"):
             await db.connect()
@@ -262,7 +229,7 @@ async def test_a_host_that_does_not_exist_is_told_without_a_stall() -> None:
 
 async def test_a_server_without_tls_is_not_used_in_plain_text(own_server: OwnServer) -> None:
     async with FaultProxy() as proxy:
-        dsn = test_dsn(host="127.0.0.1", port=proxy.port, sslmode="require")
+        dsn = dsn_of_tests(host="127.0.0.1", port=proxy.port, sslmode="require")
         db = DatabaseInterface.from_dsn(dsn, alias="refused")
         with pytest.raises(OperationalError, match="SSL"):
             await db.connect()
@@ -272,7 +239,7 @@ async def test_a_server_without_tls_is_not_used_in_plain_text(own_server: OwnSer
 
 
 async def test_a_service_that_is_not_defined_is_named() -> None:
-    db = DatabaseInterface.from_dsn(test_dsn(service="undefined-service"), alias="refused")
+    db = DatabaseInterface.from_dsn(dsn_of_tests(service="undefined-service"), alias="refused")
     with pytest.raises(OperationalError, match="undefined-service"):
         await db.connect()
     await db.close()
@@ -284,7 +251,7 @@ async def test_a_service_file_is_read(
     file = tmp_path / "services"
     file.write_text(f"[shop]\napplication_name={name}\n")
     monkeypatch.setenv("PGSERVICEFILE", str(file))
-    db = DatabaseInterface.from_dsn(test_dsn(service="shop"), alias="by service")
+    db = DatabaseInterface.from_dsn(dsn_of_tests(service="shop"), alias="by service")
     async with db:
         assert sessions_of(name) == 1
 
@@ -303,7 +270,7 @@ async def test_a_hundred_callers_do_not_try_a_wrong_password_a_hundred_times(
 
 
 async def test_a_role_option_that_cannot_be_assumed_leaves_no_session_behind(name: str) -> None:
-    dsn = test_dsn(application_name=name, assume_role="no_such_role")
+    dsn = dsn_of_tests(application_name=name, assume_role="no_such_role")
     db = DatabaseInterface.from_dsn(dsn, alias="refused")
     gc.disable()
     try:
@@ -360,7 +327,7 @@ async def test_a_password_with_any_characters_is_percent_decoded(own_server: Own
 
 async def test_parameters_are_options_and_those_of_the_pool_are_the_pools(name: str) -> None:
     db = DatabaseInterface.from_dsn(
-        test_dsn(
+        dsn_of_tests(
             pool_min_size=1,
             pool_max_size=3,
             pool_timeout=2.5,
@@ -399,7 +366,7 @@ def test_a_dsn_that_is_none_says_what_one_looks_like_and_not_the_password(
 
 
 def with_pool(**pool: Any) -> DatabaseInterface:
-    entry = dict(DatabaseInterface.from_dsn(test_dsn())._settings_dict)
+    entry = dict(DatabaseInterface.from_dsn(dsn_of_tests())._settings_dict)
     return DatabaseInterface("own", {**entry, "OPTIONS": {"pool": pool}})
 
 
@@ -409,7 +376,7 @@ def test_pool_options_are_read_from_options_as_django_has_them() -> None:
 
 @pytest.mark.parametrize("value", [True, False, None])
 def test_a_pool_that_is_only_switched_has_the_defaults(value: Any) -> None:
-    entry = dict(DatabaseInterface.from_dsn(test_dsn())._settings_dict)
+    entry = dict(DatabaseInterface.from_dsn(dsn_of_tests())._settings_dict)
     db = DatabaseInterface("own", {**entry, "OPTIONS": {"pool": value}})
     assert db._pool_options().limit == 10
 
@@ -434,7 +401,7 @@ async def test_wrong_pool_options_are_named_on_first_use(pool: Any, message: str
 
 
 def test_conn_health_checks_turn_the_check_on() -> None:
-    entry = dict(DatabaseInterface.from_dsn(test_dsn())._settings_dict)
+    entry = dict(DatabaseInterface.from_dsn(dsn_of_tests())._settings_dict)
     assert not DatabaseInterface("own", entry)._pool_options().check
     assert DatabaseInterface("own", {**entry, "CONN_HEALTH_CHECKS": True})._pool_options().check
 
@@ -511,7 +478,7 @@ async def test_nothing_shows_the_password(own_server: OwnServer) -> None:
 
 
 def test_50_short_loops_leave_no_server_session(name: str) -> None:
-    db = DatabaseInterface.from_dsn(test_dsn(application_name=name), alias="own")
+    db = DatabaseInterface.from_dsn(dsn_of_tests(application_name=name), alias="own")
 
     async def main() -> None:
         await asyncio.gather(*(db.ping() for _ in range(3)))
@@ -526,7 +493,7 @@ def test_50_short_loops_leave_no_server_session(name: str) -> None:
 
 
 def test_a_loop_that_is_only_closed_leaves_its_sessions_to_the_next_pool(name: str) -> None:
-    db = DatabaseInterface.from_dsn(test_dsn(application_name=name), alias="own")
+    db = DatabaseInterface.from_dsn(dsn_of_tests(application_name=name), alias="own")
     for _ in range(3):
         loop = asyncio.new_event_loop()
         loop.run_until_complete(db.ping())
@@ -542,7 +509,9 @@ async def clean(db: DatabaseInterface, name: str) -> None:
 
 
 def test_two_loops_in_two_threads_have_a_pool_each(name: str) -> None:
-    db = DatabaseInterface.from_dsn(test_dsn(application_name=name, pool_max_size=2), alias="own")
+    db = DatabaseInterface.from_dsn(
+        dsn_of_tests(application_name=name, pool_max_size=2), alias="own"
+    )
     barrier, outcomes = threading.Barrier(2), []
 
     async def main() -> None:
@@ -568,7 +537,7 @@ async def test_a_session_of_one_loop_is_refused_in_another(db: DatabaseInterface
 
 
 async def test_an_interface_that_is_dropped_closes_its_connections(name: str) -> None:
-    db = DatabaseInterface.from_dsn(test_dsn(application_name=name), alias="own")
+    db = DatabaseInterface.from_dsn(dsn_of_tests(application_name=name), alias="own")
     await db.connect()
     assert sessions_of(name) == 1
     del db
@@ -581,7 +550,7 @@ async def test_an_interface_that_is_dropped_closes_its_connections(name: str) ->
 
 
 def test_a_forked_child_uses_nothing_of_its_parent(name: str) -> None:
-    dsn = test_dsn(application_name=name, pool_max_size=3)
+    dsn = dsn_of_tests(application_name=name, pool_max_size=3)
     db = DatabaseInterface.from_dsn(dsn, alias="own")
     loop = asyncio.new_event_loop()
 
@@ -631,7 +600,7 @@ db = DatabaseInterface.from_dsn({dsn!r}, alias="own")
 def script(name: str, code: str) -> tuple[int, list[str]]:
     """Run code in a process of its own, in development mode; its exit code and what it complained
     of."""
-    text = SCRIPT.format(dsn=test_dsn(application_name=name), code=textwrap.dedent(code))
+    text = SCRIPT.format(dsn=dsn_of_tests(application_name=name), code=textwrap.dedent(code))
     process = subprocess.run(
         [sys.executable, "-X", "dev", "-c", text],
         capture_output=True,

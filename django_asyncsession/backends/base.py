@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import enum
 import logging
+import weakref
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -19,7 +20,7 @@ from django.db.backends.utils import CursorWrapper
 from django.db.transaction import TransactionManagementError
 from django.db.utils import DatabaseErrorWrapper, Error, OperationalError, load_backend
 from django.utils.functional import cached_property
-from greenlet import getcurrent
+from greenlet import getcurrent, greenlet
 
 from django_asyncsession.bridge import await_, in_bridge
 from django_asyncsession.exceptions import AliasNotInSession, ConfigurationError, SessionClosedError
@@ -114,6 +115,10 @@ class Secret(str):
         return "'********'"
 
 
+# Methods of a driver's cursor that run SQL which the wrapper does not see.
+STATEMENT_METHODS = frozenset({"copy", "stream", "connection"})
+
+
 class WatchedCursorMixin(CursorWrapper if TYPE_CHECKING else object):  # type: ignore[misc]
     """A Django cursor that dies with the lease it was made under, and tells the wrapper what it
     executes."""
@@ -122,7 +127,12 @@ class WatchedCursorMixin(CursorWrapper if TYPE_CHECKING else object):  # type: i
     lease: object
 
     def __getattr__(self, name: str) -> Any:
+        if name == "close" and self.__dict__.get("lease") is not self.db.lease:
+            # What was given back is closed; code that unwinds must not trip over that.
+            return _nothing
         self._check_lease()
+        if name in STATEMENT_METHODS:
+            self.db.touched = True
         return super().__getattr__(name)
 
     def __iter__(self) -> Iterator[Any]:
@@ -138,6 +148,11 @@ class WatchedCursorMixin(CursorWrapper if TYPE_CHECKING else object):  # type: i
         self._check_lease()
         self.db.before_statement(sql)
         return super().executemany(sql, param_list)
+
+    def callproc(self, *args: Any, **kwargs: Any) -> Any:
+        self._check_lease()
+        self.db.touched = True
+        return super().callproc(*args, **kwargs)
 
     def _check_lease(self) -> None:
         if self.__dict__.get("lease") is not self.db.lease:
@@ -162,6 +177,10 @@ class Errors(DatabaseErrorWrapper):
             assert error.__traceback__ is not None and error.__traceback__.tb_next is not None
             error.__traceback__.tb_next.tb_frame.clear()
             raise
+
+
+def _nothing() -> None:
+    pass
 
 
 @cache
@@ -196,7 +215,9 @@ class BridgedMixin(_Wrapper):
 
     pooled = False
     lease: object = None
-    serving: object = None
+    # The greenlet of the call that is served. Weak, because the greenlet holds this wrapper, and
+    # the garbage collector cannot look into it while it is suspended.
+    serving: weakref.ref[greenlet] | None = None
     abandoned = False
     # The task was cancelled, or the call closed, in the middle of a round trip.
     cut = False
@@ -247,7 +268,7 @@ class BridgedMixin(_Wrapper):
         Raises:
             SessionClosedError: a stale handle, or a call outside the bridge.
         """
-        if self.pooled and self.serving is not getcurrent():
+        if self.pooled and (self.serving is None or self.serving() is not getcurrent()):
             raise SessionClosedError(
                 f"a connection of {self.alias!r} is used outside the session that leased it; "
                 "use session.run_sync() while the session is open"
@@ -465,7 +486,7 @@ def served(wrapper: BridgedMixin) -> Iterator[None]:
     """Make `wrapper` the connection of its alias, and every other alias one that refuses, for the
     current context."""
     outer = wrapper.serving
-    wrapper.serving = getcurrent()
+    wrapper.serving = weakref.ref(getcurrent())
     changed: list[tuple[str, Any]] = []
     try:
         for alias in connections:

@@ -63,11 +63,11 @@ class Connection(psycopg.Connection[Any]):
 
     @classmethod
     def connect(cls, conninfo: str = "", **kwargs: Any) -> Connection:
-        if not in_bridge():
-            return super().connect(conninfo, **kwargs)
         try:
+            if not in_bridge():
+                return super().connect(conninfo, **kwargs)
             return await_(_Connector.connect(conninfo, **kwargs))  # type: ignore[return-value]
-        except psycopg.Error as exc:
+        except Exception as exc:
             # psycopg's frames hold the whole connection string, and error pages show the locals of
             # frames.
             error = exc.with_traceback(None)
@@ -100,6 +100,11 @@ class Connection(psycopg.Connection[Any]):
             self.began = True
         elif status == IDLE and self.began:
             self.began, self.left_by_sql = False, True
+
+    def execute(self, query: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.wrapper is not None and (wrapper := self.wrapper()) is not None:
+            wrapper.before_statement(query)
+        return super().execute(query, *args, **kwargs)
 
     def commit(self) -> None:
         self.began = False
@@ -260,7 +265,10 @@ class Mixin(BridgedMixin, _Base):
     @staticmethod
     def is_permanent(error: BaseException) -> bool:
         text = str(error)
-        # An error of connecting has no SQLSTATE: psycopg makes it from libpq's message alone.
+        if getattr(getattr(error.__cause__, "pgconn", None), "needs_password", False):
+            return True
+        # An error of connecting has no SQLSTATE: psycopg makes it from libpq's message alone. In
+        # another language the callers are told one after the other.
         return any(
             part in text
             for part in ("authentication failed", "does not exist", "no pg_hba.conf", "no password")
@@ -288,6 +296,12 @@ class Mixin(BridgedMixin, _Base):
     def before_statement(self, sql: Any) -> None:
         if not self.touched and changes_session(sql):
             self.touched = True
+
+    def chunked_cursor(self) -> Any:
+        if self.pooled and self.autocommit:
+            # Without a transaction the cursor on the server outlives a loop that was left early.
+            self.touched = True
+        return super().chunked_cursor()
 
     def reset(self) -> None:
         connection = self.connection

@@ -24,8 +24,12 @@ HARMLESS = frozenset(
 LOCAL = re.compile(r"set\s+(local|transaction|constraints)\b")
 # Words that make a harmless statement one that leaves something behind.
 TRACES = re.compile(r"\b(temp|temporary|hold|pg_temp\w*|into\s+temp)\b|\bcreate\s+\w*\s*schema\b")
-# A function call; its name may be qualified.
-CALL = re.compile(r"""("?[\w.$]+"?)\s*\(""")
+# A name, quoted or not, which may be qualified; a limit keeps the search fast.
+_PART = r"""(?:"(?:[^"]|"")+"|[\w$]+)"""
+_NAME = rf"""(?<![\w$".])({_PART}(?:\s*\.\s*{_PART}){{0,3}})"""
+# What may be a function call.
+CALL = re.compile(rf"{_NAME}\s*\(")
+COMMENT = re.compile(r"--[^\n]*|/\*.*?\*/", re.DOTALL)
 COMMENTS = re.compile(r"\A(?:\s+|--[^\n]*\n?|/\*.*?\*/|\()*", re.DOTALL)
 MAX_LENGTH = 20_000
 
@@ -63,9 +67,10 @@ KNOWN = frozenset(
     """.split()
 )
 # After these words the name before the parenthesis is a table with a column list, not a call.
-TABLE_LIST = re.compile(
-    r"""\b(?:into|table|index|on|as|references|with|copy)\s+(?:only\s+)?("?[\w.$]+"?)\s*\("""
-)
+_BEFORE = "into|table|index|as|references|with|copy"
+TABLE_LIST = re.compile(rf"\b(?:{_BEFORE})\s+(?:only\s+)?{_NAME}\s*\(")
+# In DDL also after ON, which in a query comes before a condition.
+DDL_TABLE_LIST = re.compile(rf"\b(?:{_BEFORE}|on)\s+(?:only\s+)?{_NAME}\s*\(")
 
 
 def changes_session(sql: Any) -> bool:
@@ -88,7 +93,17 @@ def _changes(sql: str) -> bool:
     # A second statement behind a semicolon would have to be looked at as well.
     if ";" in text.rstrip().rstrip(";") or TRACES.search(text):
         return True
-    tables = {match[1] for match in TABLE_LIST.finditer(text)}
+    lists = DDL_TABLE_LIST if first[0] in ("create", "alter") else TABLE_LIST
+    # A comment may stand between a name and its parenthesis, or a string may look like a comment.
+    return _calls_unknown(text, lists) or _calls_unknown(COMMENT.sub(" ", text), lists)
+
+
+def _calls_unknown(text: str, lists: re.Pattern[str]) -> bool:
+    """Whether a function is called that is not known to change nothing."""
+    tables = {match.start(1) for match in lists.finditer(text)}
+    calls = (match for match in CALL.finditer(text) if match.start(1) not in tables)
+    # PostGIS's functions, whose names all begin alike, keep no state.
     return any(
-        match[1].strip('"') not in KNOWN and match[1] not in tables for match in CALL.finditer(text)
+        (name := match[1].removeprefix("pg_catalog.")) not in KNOWN and not name.startswith("st_")
+        for match in calls
     )

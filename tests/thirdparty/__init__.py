@@ -1,0 +1,1 @@
+"""A database engine as a third party would write it, on top of Django's."""
