@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from django.apps import AppConfig
 
 
@@ -12,15 +14,19 @@ class AsyncSessionConfig(AppConfig):
     name = "django_asyncsession"
     verbose_name = "Async sessions"
 
-    def ready(self) -> None:
-        """Answer Django's guards and install the drivers, before anything connects; register the
-        system checks."""
+    def __init__(self, app_name: str, app_module: Any) -> None:
+        super().__init__(app_name, app_module)
+        # Not in ready(): the first model class of the project loads the backend of "default".
         from django.db import connections
 
-        from . import checks  # noqa: F401
         from .backends.base import install_drivers
+
+        install_drivers(entry["ENGINE"] for entry in connections.settings.values())
+
+    def ready(self) -> None:
+        """Answer Django's guards, before anything connects; register the system checks."""
+        from . import checks  # noqa: F401
         from .bridge import answer_async_guards
         from .rows import blocked_access
 
         answer_async_guards(blocked_access)
-        install_drivers(entry["ENGINE"] for entry in connections.settings.values())

@@ -13,8 +13,8 @@ def install_driver() -> None:
     """Let `import MySQLdb`, which Django's backend does, find PyMySQL when mysqlclient is not
     installed.
 
-    The app does this in `ready()` when an alias needs it. Call it in the settings module if
-    something connects before that.
+    The app does this when Django loads it, before any model, when an alias needs it. Call it in
+    the settings module if something connects before that.
 
     Raises:
         ImportError: neither mysqlclient nor PyMySQL is installed.
