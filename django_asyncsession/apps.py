@@ -19,9 +19,11 @@ class AsyncSessionConfig(AppConfig):
         # Not in ready(): the first model class of the project loads the backend of "default".
         from django.db import connections
 
-        from .backends.base import install_drivers
+        from .backends.base import import_engines, install_drivers
 
-        install_drivers(entry["ENGINE"] for entry in connections.settings.values())
+        engines = [entry["ENGINE"] for entry in connections.settings.values()]
+        install_drivers(engines)
+        import_engines(engines)
 
     def ready(self) -> None:
         """Answer Django's guards, before anything connects; register the system checks."""

@@ -560,7 +560,7 @@ class Pool(Generic[C]):
             if self._failure is not None:
                 await asyncio.sleep(max(0.0, self._retry_at - started))
             self._counts["connections_num"] += 1
-            connection = await self._connect()
+            connection = await self._connect_in_time()
         except Exception as exc:
             self._opening -= 1
             self._size -= 1
@@ -573,6 +573,20 @@ class Pool(Generic[C]):
         self._put(_Entry(connection, time.monotonic() + self.options.max_lifetime * spread))
         if not self.closed:
             self._maybe_open()
+
+    async def _connect_in_time(self) -> C:
+        """Connect, for no longer than a caller waits: a name server or a server that never answers
+        must not keep the place."""
+        limit = asyncio.timeout(self.options.timeout)
+        try:
+            async with limit:
+                return await self._connect()
+        except TimeoutError as exc:
+            if not limit.expired():
+                raise
+            raise PoolTimeout(
+                f"connecting to {self.name!r} took longer than {self.options.timeout:.1f} s"
+            ) from exc
 
     def _opener_ended(self, task: asyncio.Task[None]) -> None:
         """A task that is cancelled before its first step runs nothing of its own."""

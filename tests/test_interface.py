@@ -227,6 +227,22 @@ async def test_a_host_that_does_not_exist_is_told_without_a_stall() -> None:
     await db.close()
 
 
+async def test_a_name_server_that_never_answers_ends_in_a_timeout_without_a_stall(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def hang(*args: Any, **kwargs: Any) -> None:
+        await asyncio.sleep(60)
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", hang)
+    dsn = dsn_of_tests(host="slow.invalid", pool_timeout=0.2)
+    db = DatabaseInterface.from_dsn(dsn, alias="refused")
+    async with LoopProbe() as probe:
+        with Elapsed() as took, pytest.raises(PoolTimeout):
+            await db.connect()
+        await db.close()
+    assert took.seconds < 1 and probe.worst < 0.1
+
+
 async def test_a_server_without_tls_is_not_used_in_plain_text(own_server: OwnServer) -> None:
     async with FaultProxy() as proxy:
         dsn = dsn_of_tests(host="127.0.0.1", port=proxy.port, sslmode="require")
@@ -613,6 +629,26 @@ def script(name: str, code: str) -> tuple[int, list[str]]:
     return process.returncode, [
         line for line in process.stderr.splitlines() if not line.startswith(slow)
     ]
+
+
+def test_the_drivers_are_imported_before_there_is_a_loop_to_hold_up() -> None:
+    code = """
+        import django, sys
+        from django.conf import settings
+        entry = {"ENGINE": "django.db.backends.postgresql"}
+        missing = {"ENGINE": "no.such.engine"}
+        settings.configure(
+            INSTALLED_APPS=["django_asyncsession"], DATABASES={"default": entry, "other": missing}
+        )
+        django.setup()
+        sys.exit("psycopg" not in sys.modules)
+    """
+    process = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        timeout=30,
+        cwd=Path(__file__).parent.parent,
+    )
+    assert process.returncode == 0
 
 
 CLEAN_ENDS: dict[str, str] = {

@@ -779,6 +779,17 @@ async def test_a_server_that_never_answers_ends_in_a_timeout_and_close_does_not_
     assert took.seconds < 0.5 and pool.stats()["pool_size"] == 0
 
 
+async def test_an_attempt_that_never_ends_keeps_its_place_no_longer_than_a_caller_waits() -> None:
+    async with pool_of(max_size=1, timeout=0.2) as (pool, server):
+        server.reachable.clear()
+        with pytest.raises(PoolTimeout):
+            await pool.acquire()
+        await until(lambda: pool.stats()["connections_errors"])
+        server.reachable.set()
+        (await pool.acquire(1)).release()
+        assert server.attempts == 2
+
+
 async def test_a_caller_that_is_cancelled_leaves_the_connection_to_the_next() -> None:
     async with pool_of(max_size=1) as (pool, server):
         server.reachable.clear()

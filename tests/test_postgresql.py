@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -18,7 +19,15 @@ from typing import Any
 import psycopg
 import pytest
 from django.core.exceptions import SynchronousOnlyOperation
-from django.db import Error, InterfaceError, OperationalError, connection, connections, transaction
+from django.db import (
+    Error,
+    IntegrityError,
+    InterfaceError,
+    OperationalError,
+    connection,
+    connections,
+    transaction,
+)
 from django.db.models import Avg, Count, F, Max, OuterRef, Q, Subquery, Value
 from django.db.models.functions import Coalesce, Concat, Lower, Now, TruncMonth, Upper
 from django.db.utils import load_backend
@@ -769,6 +778,61 @@ async def test_a_session_that_is_forgotten_gives_its_place_back_without_the_coll
                 await db.ping()
     finally:
         gc.enable()
+
+
+async def test_an_error_through_nested_blocks_keeps_its_class_and_keeps_nothing_alive(
+    db: DatabaseInterface, empty_tables: None
+) -> None:
+    def fail() -> None:
+        with transaction.atomic("own"), transaction.atomic("own"), transaction.atomic("own"):
+            Author.objects.using("own").create(name="twice")
+            Author.objects.using("own").create(name="twice")
+
+    gc.collect()
+    gc.disable()
+    try:
+        session = db.get_session()
+        alive = weakref.ref(session)
+        with contextlib.suppress(IntegrityError):
+            async with session:
+                await session.run_sync(fail)
+                raise AssertionError("no error")
+        assert session.closed
+        del session
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+EVERY_KIND: dict[str, Callable[[Session], Any]] = {
+    "execute": lambda s: s.execute("SELECT pg_sleep(0.05)"),
+    "fetch_all": lambda s: s.fetch_all("SELECT * FROM generate_series(1, 500)"),
+    "script": lambda s: s.execute_script("SELECT pg_sleep(0.02); SELECT 1"),
+    "orm": lambda s: s.run_sync(lambda: list(User.objects.using("own").all())),
+    "nested": lambda s: s.run_sync(_nested),
+    "wrong": lambda s: outcome_of(s.execute("SELECT nonsense")),
+    "reset": lambda s: s.execute("SET search_path = pg_catalog"),
+}
+
+
+def _nested() -> None:
+    with transaction.atomic("own"), transaction.atomic("own"):
+        User.objects.using("own").count()
+
+
+@pytest.mark.parametrize("kind", EVERY_KIND)
+async def test_the_loop_is_not_held_up_by(db: DatabaseInterface, kind: str) -> None:
+    worst = []
+    # The best of three: another process may have had the processor.
+    for _ in range(3):
+        async with LoopProbe() as probe:
+            with contextlib.suppress(Error):
+                async with db.get_session() as session:
+                    await EVERY_KIND[kind](session)
+            db.pool().discard_idle()
+            await db.ping()
+        worst.append(probe.worst)
+    assert min(worst) < 0.05
 
 
 # Lost servers

@@ -565,6 +565,17 @@ def install_drivers(engines: Iterable[str]) -> None:
             import_module(STAND_INS[engine]).install_driver()
 
 
+def import_engines(engines: Iterable[str]) -> None:
+    """Import what sessions on these engines need, so that the first of them does not hold the event
+    loop up meanwhile.
+
+    An engine that cannot be bridged, or has no driver, is left to the error at its first use.
+    """
+    for engine in set(engines):
+        with suppress(ImproperlyConfigured, ImportError):
+            bridged_class(engine)
+
+
 @cache
 def bridged_class(engine: str) -> type[BridgedMixin]:
     """The bridged subclass of an engine's own wrapper class.
