@@ -68,22 +68,32 @@ _EMPTIED = {"tests", "auth", "admin", "sessions", "shop"}
 _KEPT = {"auth_permission"}
 
 
+def empty(using: str) -> None:
+    """Delete all rows of the database of this alias, and start its keys anew."""
+    connection = connections[using]
+    quoted = [connection.ops.quote_name(name) for name in tables(using) if name not in _KEPT]
+    asked = [
+        f"SELECT {at} FROM (SELECT 1) AS one WHERE EXISTS (SELECT 1 FROM {name})"
+        for at, name in enumerate(quoted)
+    ]
+    with connection.constraint_checks_disabled(), connection.cursor() as cursor:
+        # Most tables have no rows, and emptying one takes ten times as long as asking.
+        cursor.execute(" UNION ALL ".join(asked))
+        used = [quoted[at] for (at,) in cursor.fetchall()]
+        if connection.vendor == "postgresql" and used:
+            cursor.execute("SET lock_timeout = '10s'")
+            cursor.execute(f"TRUNCATE {', '.join(used)} RESTART IDENTITY CASCADE")
+        else:
+            for name in used:
+                cursor.execute(f"DELETE FROM {name}")
+
+
 @pytest.fixture
 def empty_tables() -> Iterator[None]:
     """Empties all tables after the test, for a test that commits."""
     yield
     for using in settings.DATABASES:
-        connection = connections[using]
-        if connection.vendor == "postgresql":
-            names = ", ".join(f'"{t}"' for t in tables(using) if t not in _KEPT)
-            with connection.cursor() as cursor:
-                cursor.execute("SET lock_timeout = '10s'")
-                cursor.execute(f"TRUNCATE {names} RESTART IDENTITY CASCADE")
-        else:
-            with connection.constraint_checks_disabled(), connection.cursor() as cursor:
-                for name in tables(using):
-                    if name not in _KEPT:
-                        cursor.execute(f"DELETE FROM {connection.ops.quote_name(name)}")
+        empty(using)
     gc.collect()
 
 
@@ -101,7 +111,15 @@ async def session(alias: str) -> AsyncIterator[Session]:
 
 
 @pytest.fixture
-async def db(alias: str, empty_tables: None) -> AsyncIterator[DatabaseInterface]:
+def empty_database(alias: str) -> Iterator[None]:
+    """Empties the tables of the one database that the test writes to."""
+    yield
+    empty(alias)
+    gc.collect()
+
+
+@pytest.fixture
+async def db(alias: str, empty_database: None) -> AsyncIterator[DatabaseInterface]:
     """Each database in turn; after the test its tables are emptied and its pool is closed."""
     yield databases[alias]
     await databases[alias].close()
