@@ -60,6 +60,10 @@ class Runner(Protocol):
         """Runs plain sync Django code on the session's connection."""
         ...
 
+    async def run_write(self, fn: Callable[..., T], /, *args: Any) -> T:
+        """Runs code that writes rows, with a `Write` as its last argument."""
+        ...
+
     def hold(self) -> AbstractAsyncContextManager[Runs]:
         """One connection for all calls of the block, also where each takes its own."""
         ...
@@ -616,7 +620,7 @@ class InsertQuery(_Query):
         """
         if not self._rows:
             return []
-        return await self._session.run_sync(
+        return await self._session.run_write(
             writes.insert, self._rows, self._session.alias, self._conflict, self._returning
         )
 
@@ -758,7 +762,7 @@ class RowUpdateQuery(_Query):
 
     async def run(self) -> int:
         """Updates the rows; nothing is sent when none has changed."""
-        return await self._session.run_sync(writes.update_rows, self._rows, self._session.alias)
+        return await self._session.run_write(writes.update_rows, self._rows, self._session.alias)
 
 
 def _setter(column: Any, value: Any) -> Setter:
@@ -881,10 +885,10 @@ class RelatedRows:
         if self._many:
             await self._session.run_sync(lambda: self._manager.set(related, **options))
         else:
-            await self._session.run_sync(self._set_one, related)
+            await self._session.run_write(self._set_one, related)
 
-    def _set_one(self, related: Any) -> None:
+    def _set_one(self, related: Any, write: rows.Write) -> None:
         setattr(self._row, self._name, related)
         field: Any = self._row._meta.get_field(self._name)
         written = related if field.auto_created and not field.concrete else self._row
-        rows.add(written, self._session.alias)
+        rows.add(written, self._session.alias, write)

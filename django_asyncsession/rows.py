@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 import sys
 from asyncio import get_running_loop
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache, partial
 from types import FrameType, MappingProxyType
 from typing import Any, Final, TypeVar, cast
@@ -50,6 +52,35 @@ M = TypeVar("M", bound=Model)
 _UPDATE_RETURNS: Final = django.VERSION >= (6, 0)
 
 
+class Write:
+    """A write of rows that may yet be rolled back; the session calls `undo` when it was.
+
+    Args:
+        scope: the transaction and the block in it, as weak references.
+    """
+
+    __slots__ = ("scope", "undone")
+
+    def __init__(self, scope: tuple[Any, Any] = (None, None)):
+        self.scope = scope
+        self.undone = False
+
+    def undo(self) -> None:
+        """The rows are as they were before, as far as the database is concerned."""
+        self.undone = True
+
+
+@dataclass(frozen=True, slots=True)
+class Undo:
+    """What to make of a row when its last write was rolled back."""
+
+    write: Write
+    snapshot: Snapshot | None
+    adding: bool
+    #: Names of the parts of the primary key that the database filled in.
+    unset: tuple[str, ...]
+
+
 class Snapshot:
     """What a row's fields were when a session last loaded or wrote it.
 
@@ -57,11 +88,12 @@ class Snapshot:
     pickled row, which comes back as one that came from elsewhere.
     """
 
-    __slots__ = ("frozen", "made", "values")
+    __slots__ = ("frozen", "made", "undo", "values")
 
     def __init__(self, row: Model, *, made: bool = False):
         #: Whether a row table made the row: what is missing in it was never set.
         self.made = made
+        self.undo: Undo | None = None
         self.values: dict[str, Any] = row.__dict__.copy()
         del self.values["_state"]
         mutable = _mutable(type(row))
@@ -164,12 +196,14 @@ def _mark(row: Model, snapshot: Snapshot) -> None:
 def remember(rows: Iterable[Any], *, anew: bool = False) -> None:
     """Takes a snapshot of each row that has none, and of all rows that were loaded with it.
 
-    With `anew` the given rows, just written or read again, get a new one.
+    With `anew` the given rows, just read again, get a new one.
     """
     stack = list(rows)
     if anew:
         for row in stack:
-            _mark(row, Snapshot(row))
+            before, snapshot = snapshot_of(row), Snapshot(row)
+            snapshot.undo = before.undo if before is not None else None
+            _mark(row, snapshot)
     seen = set()
     while stack:
         row = stack.pop()
@@ -177,7 +211,7 @@ def remember(rows: Iterable[Any], *, anew: bool = False) -> None:
             continue
         seen.add(id(row))
         state = row._state.__dict__
-        if "asyncsession" not in state:
+        if state.get("asyncsession") is None:
             _mark(row, Snapshot(row))
         if state.get("fields_cache"):
             stack.extend(state["fields_cache"].values())
@@ -192,6 +226,47 @@ def _prefetched(row: Model) -> Iterator[Any]:
     for value in row.__dict__.values():
         if isinstance(value, list) and value and isinstance(value[0], Model):
             yield from value
+
+
+def before_write(row: Model, write: Write) -> Undo:
+    """What will have to be known of the row, should this write be rolled back.
+
+    A row whose last write was rolled back becomes what it was before that one.
+    """
+    settle(row)
+    snapshot = snapshot_of(row)
+    last = snapshot.undo if snapshot is not None else None
+    if snapshot is not None and last is not None:
+        if last.write.scope == write.scope:
+            # They stand or fall together.
+            return last
+        if last.write.scope[0] != write.scope[0]:
+            # That transaction is over, and was not rolled back.
+            snapshot.undo = None
+    keys = [f.attname for f in row._meta.concrete_fields if f.primary_key]
+    keys += [f.attname for f in row._meta.pk_fields if f.attname not in keys]
+    unset = tuple(name for name in keys if row.__dict__.get(name) is None)
+    return Undo(write, snapshot, row._state.adding, unset)
+
+
+def settle(row: Model) -> None:
+    """Forgets the writes of the row that were rolled back: `add` has to write it again."""
+    snapshot = snapshot_of(row)
+    while snapshot is not None and snapshot.undo is not None and snapshot.undo.write.undone:
+        undo = snapshot.undo
+        row._state.adding = undo.adding
+        row.__dict__.update(dict.fromkeys(undo.unset))
+        snapshot = undo.snapshot
+        cast(Any, row._state).asyncsession = snapshot
+
+
+def after_write(rows: Sequence[Model], undos: Iterable[Undo]) -> None:
+    """Takes a snapshot of rows that were just written."""
+    for row, undo in zip(rows, undos, strict=True):
+        snapshot = Snapshot(row)
+        snapshot.undo = undo
+        _mark(row, snapshot)
+    remember(rows)
 
 
 def changed(row: Model) -> list[str]:
@@ -217,12 +292,20 @@ def _differs(snapshot: Snapshot, row: Model, name: str) -> bool:
         return True
     if name in snapshot.frozen:
         freeze = dict(_mutable(type(row)))[name]
-        return bool(snapshot.frozen[name] != freeze(now))
+        return _unequal(freeze(now), snapshot.frozen[name])
     before = snapshot.values[name]
-    return now is not before and bool(now != before)
+    return now is not before and _unequal(now, before)
 
 
-def add(row: Model, using: str) -> None:
+def _unequal(now: Any, before: Any) -> bool:
+    try:
+        return bool(now != before)
+    except ValueError:
+        # An array compares element by element.
+        return pickle.dumps(now) != pickle.dumps(before)
+
+
+def add(row: Model, using: str, write: Write) -> None:
     """Inserts a new row; updates the changed columns of a loaded one, or does nothing.
 
     A loaded row without a snapshot (from plain Django, `run_sync` or a pickle), one of another
@@ -231,21 +314,34 @@ def add(row: Model, using: str) -> None:
     Raises:
         RowNotFound: the loaded row is not in the database any more.
     """
+    undo = before_write(row, write)
     snapshot = snapshot_of(row)
     if is_new(row):
-        insert(row, using)
+        insert(row, using, write)
     elif snapshot is None or row._state.db != using or snapshot.primary_key(row) != _key(row):
         row.save(using=using)
-        remember([row], anew=True)
+        after_write([row], [undo])
     elif changed(row):
         _save_changed(row, using)
+        after_write([row], [undo])
 
 
-def add_all(rows: Iterable[Model], using: str) -> None:
+def add_all(rows: Iterable[Model], using: str, write: Write) -> None:
     """`add` each row, all or none."""
-    with transaction.atomic(using=using, savepoint=False):
+    with all_or_none(using, write):
         for row in rows:
-            add(row, using)
+            add(row, using, write)
+
+
+@contextmanager
+def all_or_none(using: str, write: Write) -> Iterator[None]:
+    """A transaction of its own where there is none; no savepoint in one that there is."""
+    try:
+        with transaction.atomic(using=using, savepoint=False):
+            yield
+    except BaseException:
+        write.undo()
+        raise
 
 
 def is_new(row: Model) -> bool:
@@ -257,12 +353,13 @@ def _key(row: Model) -> tuple[Any, ...]:
     return tuple(getattr(row, f.attname) for f in row._meta.pk_fields)
 
 
-def insert(row: Model, using: str) -> None:
+def insert(row: Model, using: str, write: Write) -> None:
     """Inserts the row through its own `save()`; keys and defaults are filled in."""
+    undo = before_write(row, write)
     complete(row, using)
     row.save(using=using, force_insert=True)
     fetch_missing([row], using)
-    remember([row], anew=True)
+    after_write([row], [undo])
 
 
 def complete(row: Model, using: str) -> None:
@@ -297,15 +394,14 @@ def _save_changed(row: Model, using: str) -> None:
     before = set(row.__dict__)
     # The model's save() and pre_save receivers may change more fields: which columns to write is
     # decided behind them, where Django writes each table.
-    save_table = row._save_table  # type: ignore[attr-defined]
+    save_table = partial(type(row)._save_table, row)  # type: ignore[attr-defined]
     row.__dict__["_save_table"] = partial(_save_table, row, save_table)
     try:
         with _row_not_found(row, using):
             row.save(using=using)
     finally:
-        del row.__dict__["_save_table"]
+        row.__dict__.pop("_save_table", None)
     _reread(row, using, before)
-    remember([row], anew=True)
 
 
 def _save_table(
@@ -384,7 +480,7 @@ def name_of(row: Model) -> str:
     return f"{type(row).__name__}(pk={row.pk!r})"
 
 
-def merge(row: Model, fields: Collection[str] | None, using: str) -> None:
+def merge(row: Model, fields: Collection[str] | None, using: str, write: Write) -> None:
     """Updates, by primary key, a row that was not loaded: the fields that were set, or `fields`.
 
     Raises:
@@ -392,6 +488,7 @@ def merge(row: Model, fields: Collection[str] | None, using: str) -> None:
         TypeError: the row is a new model instance and `fields` is not given.
         ValueError: the row has no primary key.
     """
+    undo = before_write(row, write)
     if None in _key(row):
         message = f"{type(row).__name__!r} row has no primary key; set it, or insert with add()"
         raise ValueError(message)
@@ -408,7 +505,7 @@ def merge(row: Model, fields: Collection[str] | None, using: str) -> None:
             type(row)._base_manager.using(using).only("pk").get(pk=row.pk)
             row._state.adding, row._state.db = False, using
     _reread(row, using, before)
-    remember([row], anew=True)
+    after_write([row], [undo])
 
 
 def _fields_to_merge(
@@ -531,6 +628,7 @@ def _field_loaded(row: Model, name: str) -> None:
     if snapshot is None or name in snapshot.values or name not in row.__dict__:
         return
     later = Snapshot(row, made=snapshot.made)
+    later.undo = snapshot.undo
     later.values = {**snapshot.values, name: later.values[name]}
     kept = {name: later.frozen[name]} if name in later.frozen else {}
     later.frozen = {**snapshot.frozen, **kept}

@@ -17,6 +17,7 @@ from collections.abc import (
 from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Any, ParamSpec, Self, TypeVar
+from weakref import ref
 
 from django.db.models import Model
 
@@ -570,7 +571,7 @@ class Session:
             RowNotFound: the loaded row is not in the database any more.
             Django's database errors.
         """
-        await self.run_sync(rows.add, row, self.alias)
+        await self.run_write(rows.add, row, self.alias)
         return row
 
     async def add_all(self, given: Iterable[M]) -> list[M]:
@@ -580,8 +581,22 @@ class Session:
             As `add`.
         """
         every = list(given)
-        await self.run_sync(rows.add_all, every, self.alias)
+        await self.run_write(rows.add_all, every, self.alias)
         return every
+
+    async def run_write(self, fn: Callable[..., T], /, *args: Any) -> T:
+        """Call sync code that writes rows; its last argument is the `rows.Write`.
+
+        When the block is rolled back, the rows count as not written: `add` writes them again.
+
+        Raises:
+            As `run_sync`.
+        """
+        async with self._working() as transaction:
+            block = transaction._innermost
+            write = rows.Write((ref(transaction), block and ref(block)))
+            transaction.on_rollback(write.undo)
+            return await transaction.run(fn, *args, write)
 
     async def insert_now(self, row: M) -> M:
         """INSERT the row, whether or not it was loaded.
@@ -589,7 +604,7 @@ class Session:
         Raises:
             Django's database errors.
         """
-        await self.run_sync(rows.insert, row, self.alias)
+        await self.run_write(rows.insert, row, self.alias)
         return row
 
     async def update_now(self, row: M) -> M:
@@ -616,7 +631,7 @@ class Session:
             TypeError: which fields were set is not known.
             Django's database errors.
         """
-        await self.run_sync(rows.merge, row, fields, self.alias)
+        await self.run_write(rows.merge, row, fields, self.alias)
         return row
 
     async def remove(self, row: Model) -> int:

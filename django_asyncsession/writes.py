@@ -68,8 +68,9 @@ class Conflict:
 def insert(
     instances: Sequence[Any],
     using: str,
-    conflict: Conflict | None = None,
-    returning: tuple[Any, ...] | None = None,
+    conflict: Conflict | None,
+    returning: tuple[Any, ...] | None,
+    write: rows.Write,
 ) -> list[Any]:
     """Inserts rows, one statement per model and batch; without `save()` and its signals.
 
@@ -79,15 +80,18 @@ def insert(
         NotSupportedError: the database, or a model with parent tables, cannot do it.
     """
     by_model: dict[type[Model], list[Any]] = {}
+    undos = [rows.before_write(row, write) for row in instances]
     for row in instances:
         rows.complete(row, using)
         by_model.setdefault(type(row), []).append(row)
     plans = [_plan(m, group, using, conflict, returning) for m, group in by_model.items()]
     result: list[Any] = []
     # What cannot work was refused above, outside of the block, which an error dooms.
-    with transaction.atomic(using=using, savepoint=False):
+    with rows.all_or_none(using, write):
         for plan in plans:
             result += plan()
+        if conflict is None and returning is None:
+            rows.after_write(instances, undos)
     return list(instances) if returning is None else result
 
 
@@ -118,7 +122,8 @@ def _plan(
 
 def _insert_each(group: list[Any], using: str) -> list[Any]:
     for row in group:
-        rows.insert(row, using)
+        row.save(using=using, force_insert=True)
+    rows.fetch_missing(group, using)
     return group
 
 
@@ -136,7 +141,6 @@ def _bulk_create(model: type[Model], group: list[Any], using: str) -> list[Any]:
     else:
         model._base_manager.using(using).bulk_create(group)
     rows.fetch_missing(group, using)
-    rows.remember(group, anew=True)
     return group
 
 
@@ -427,20 +431,21 @@ def _pairs(asked: tuple[Any, ...], fields: Sequence[Any]) -> Iterable[tuple[Any,
     return ((f.name, f) for f in fields)
 
 
-def update_rows(instances: Sequence[Any], using: str) -> int:
+def update_rows(instances: Sequence[Any], using: str, write: rows.Write) -> int:
     """Updates loaded rows to their own values, one statement per model and batch; the count."""
     by_model: dict[type[Model], list[Any]] = {}
     for row in instances:
         by_model.setdefault(type(row), []).append(row)
     total = 0
-    with transaction.atomic(using=using, savepoint=False):
+    with rows.all_or_none(using, write):
         for model, group in by_model.items():
+            undos = [rows.before_write(row, write) for row in group]
             names = sorted({name for row in group for name in rows.changed(row)})
             if names:
                 manager = model._base_manager.using(using)
                 total += manager.bulk_update(group, names)
                 rows.fetch_missing(group, using)
-                rows.remember(group, anew=True)
+                rows.after_write(group, undos)
     return total
 
 

@@ -17,7 +17,7 @@ from django.db.models import F, Model, Prefetch
 from django.db.models.signals import post_save, pre_save
 from django.forms.models import model_to_dict, modelform_factory
 
-from django_asyncsession import NotLoadedError, RowNotFound, Session, table
+from django_asyncsession import NotLoadedError, RowNotFound, Session, databases, table
 from tests.models import (
     Author,
     Book,
@@ -531,3 +531,84 @@ async def test_rows_outlive_the_session(session: Session) -> None:
     assert (book.title, book.author.name) == ("x", "a")
     with pytest.raises(NotLoadedError):
         _ = book.author.books.all()[0]
+
+
+async def names_of(alias: str) -> list[str]:
+    """Names of all users, as another session sees them."""
+    async with databases[alias].get_session() as other:
+        found = await other.select(User).order_by("name").columns("name").scalars()
+    return list(found)
+
+
+async def test_rows_of_a_rolled_back_transaction_are_written_again(
+    alias: str, empty_tables: None
+) -> None:
+    """What a session believes of a row ends with the transaction that made it true."""
+    one, two, three = users(name="one"), User(name="two"), users(name="three")
+    old = User(name="old")
+    async with databases[alias].get_session() as session:
+        await session.add(old)
+
+    async def attempt() -> None:
+        async with databases[alias].get_session() as session:
+            await session.add(one)
+            await session.add_all([two])
+            await session.insert.rows(three)
+            await session.add(one)
+            await session.refresh(one)
+            old.name = "new"
+            await session.add(old)
+            if not failed:
+                failed.append(True)
+                raise ZeroDivisionError
+
+    failed: list[bool] = []
+    with pytest.raises(ZeroDivisionError):
+        await attempt()
+    assert await names_of(alias) == ["old"]
+    await attempt()
+    assert await names_of(alias) == ["new", "one", "three", "two"]
+    async with databases[alias].get_session() as session:
+        async with Statements(session) as sql:
+            await session.add_all([one, two, three, old])
+        assert sql == []
+    await databases[alias].close()
+
+
+async def test_rows_of_a_rolled_back_savepoint_are_written_again(session: Session) -> None:
+    kept = await session.add(users(name="kept"))
+    lost = users(name="lost")
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            async with session.begin_nested():
+                kept.name = "changed"
+                await session.add_all([kept, lost])
+                raise ZeroDivisionError
+    assert await session.select(User).columns("name").scalars() == ["kept"]
+    await session.add_all([kept, lost])
+    assert await session.select(User).order_by("id").columns("name").scalars() == [
+        "changed",
+        "lost",
+    ]
+    async with session.begin_nested():
+        kept.name = "again"
+        await session.add(kept)
+    kept.xp = 1
+    await session.add(kept)
+    assert (await reread(session, kept)).name == "again"
+    with pytest.raises(RowNotFound):
+        await session.merge(users(id=12345, name="x"))
+
+
+async def test_rows_of_a_failed_call_are_written_again_in_autocommit_mode(
+    alias: str, empty_tables: None
+) -> None:
+    good, bad = Author(name="same"), Author(name="same")
+    async with databases[alias].get_session(autocommit=True) as session:
+        with pytest.raises(IntegrityError):
+            await session.add_all([good, bad])
+        await session.add(good)
+        assert await session.select(Author).columns("name").scalars() == ["same"]
+        await session.add(good)
+        assert await session.select(Author).count() == 1
+    await databases[alias].close()
