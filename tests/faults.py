@@ -117,7 +117,8 @@ class LoopProbe:
 def longest_stall() -> float:
     """Seconds that the event loop may stand still: 50 ms, and more while others use the machine,
     since the system then takes turns."""
-    return 0.05 if os.getloadavg()[0] < (os.cpu_count() or 1) else 0.19
+    busy = os.getloadavg()[0] / (os.cpu_count() or 1)
+    return 0.05 if busy < 1 else 0.1 * busy
 
 
 @contextlib.contextmanager

@@ -435,6 +435,22 @@ async def test_a_writer_begins_immediate_and_readers_do_not_wait(
             assert await three.fetch_value("SELECT count(*) FROM t") == 0
 
 
+async def test_readers_do_not_stand_in_line_with_writers(db: DatabaseInterface, path: Path) -> None:
+    async def write() -> None:
+        async with db.get_session() as session:
+            await session.execute("INSERT INTO t (n) VALUES (1)")
+
+    await db.connect()
+    with Locked(path):
+        writers = [asyncio.create_task(write())]
+        await asyncio.sleep(0.05)
+        with Elapsed() as took:
+            assert await asyncio.gather(*(count(db) for _ in range(5))) == [0] * 5
+        assert not writers[0].done() and took.seconds < 1
+    await asyncio.gather(*writers)
+    assert await count(db) == 1
+
+
 async def test_transaction_mode_is_djangos(path: Path) -> None:
     db = interface(path, transaction_mode="DEFERRED")
     async with db.get_session() as session:

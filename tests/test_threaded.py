@@ -210,8 +210,12 @@ async def test_what_changes_the_connection_ends_it_with_its_lease() -> None:
         assert await session.fetch_value("SHOW search_path") != "pg_catalog"
         await session.execute(INSERT, ["kept"])
     async with db.get_session() as session:
-        await session.fetch_value("SELECT 1")
+        await session.execute("CREATE TEMP TABLE left_over (n integer)")
     assert db.stats()["connections_num"] == 2
+    with pytest.raises(DatabaseError, match="left_over"):
+        async with db.get_session() as session:
+            await session.execute("SELECT * FROM left_over")
+    assert db.stats()["connections_num"] == 3
     await db.close()
     assert driver_threads() == []
 

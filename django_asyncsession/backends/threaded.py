@@ -533,7 +533,10 @@ class Mixin(BridgedMixin, _Base):
 
     def is_harmless(self, sql: Any) -> bool:
         """Whether the statement leaves nothing on the connection for its next user."""
-        return isinstance(sql, str) and (sql.split(None, 1) or [""])[0].lower() in self.harmless
+        if not isinstance(sql, str):
+            return False
+        first, *rest = sql.lower().split(None, 2) or [""]
+        return first in self.harmless and not (rest and rest[0].startswith(("temp", "global")))
 
     def reset(self) -> None:
         self.statement_timeout = None

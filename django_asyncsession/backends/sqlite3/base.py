@@ -50,6 +50,8 @@ _lines: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
 _keepers: dict[str, sqlite3.Connection] = {}
 _keeping = threading.Lock()
 
+TAKES_LOCK = frozenset({"BEGIN IMMEDIATE", "BEGIN EXCLUSIVE"})
+
 # Statements that leave nothing on the connection, unless they are about something temporary.
 HARMLESS = frozenset(
     {"select", "insert", "update", "delete", "replace", "with", "values", "explain", "create"}
@@ -109,17 +111,22 @@ class Connection(threaded.Connection):
         return self._wait_for_lock(partial(execute, *args))
 
     def _begin(self) -> None:
-        with self._in_line():
-            for statement in self._prelude:
-                try:
-                    self._wait_for_lock(partial(self._raw.execute, statement))
-                except sqlite3.OperationalError as exc:
-                    if _code(exc) != sqlite3.SQLITE_READONLY:
-                        raise
-                    # A file that cannot be written has no writers to wait for.
-                    self._raw.execute("BEGIN")
+        for statement in self._prelude:
+            # Readers wait for nobody.
+            takes_lock = statement in TAKES_LOCK
+            with self._in_line() if takes_lock else contextlib.nullcontext():
+                self._begin_one(statement)
         self._prelude = ()
         self._began = self._raw.in_transaction
+
+    def _begin_one(self, statement: str) -> None:
+        try:
+            self._wait_for_lock(partial(self._raw.execute, statement))
+        except sqlite3.OperationalError as exc:
+            if _code(exc) != sqlite3.SQLITE_READONLY:
+                raise
+            # A file that cannot be written has no writers to wait for.
+            self._raw.execute("BEGIN")
 
     @contextlib.contextmanager
     def _in_line(self) -> Iterator[None]:
