@@ -385,6 +385,10 @@ def _shut_down(transport: Any) -> None:
     raw = transport.get_extra_info("socket")
     with contextlib.suppress(OSError), socket.socket(fileno=os.dup(raw.fileno())) as sock:
         sock.shutdown(socket.SHUT_RDWR)
+    if getattr(transport, "_sock", None) is not None:
+        # asyncio's transport closes its socket in its loop only, and would warn that it is open.
+        transport._sock.close()
+        transport._sock = None
 
 
 def translated(error: errors.MySQLError) -> Any:
