@@ -7,7 +7,7 @@ from functools import lru_cache
 from itertools import islice
 from typing import Any, Protocol, TypeVar
 
-from .exceptions import SessionClosedError
+from .exceptions import SessionClosedError, SessionStateError
 
 T = TypeVar("T")
 
@@ -236,8 +236,9 @@ class BaseResultSet(AsyncIterator[Row]):
     async def _close_cursor(self) -> None:
         try:
             await self._run(self._cursor.close)
-        except SessionClosedError:
-            # The session is being closed at this moment, which ends the cursor on the server.
+        except SessionStateError:
+            # The session is being closed at this moment, or another task has a block open in it;
+            # the end of the transaction ends the cursor on the server.
             self._cursor.db.forget_cursor(self._cursor)
 
     async def _call(self, method: str, *args: Any) -> Any:

@@ -757,7 +757,8 @@ class Session:
     @property
     def _is_one_statement_mode(self) -> bool:
         """Whether each statement takes a connection of its own."""
-        return self.autocommit and self._transaction is None
+        transaction = self._transaction
+        return self.autocommit and (transaction is None or transaction.is_over_elsewhere)
 
     @asynccontextmanager
     async def _working(self) -> AsyncIterator[Transaction]:
@@ -781,10 +782,12 @@ class Session:
     async def _settled(self) -> Transaction | None:
         """The transaction in progress, once those that another task ends have ended: who comes
         after a commit goes on in the next transaction."""
-        while (transaction := self._transaction) is not None and transaction.is_ending_elsewhere:
+        while (transaction := self._transaction) is not None and transaction.is_over_elsewhere:
             async with transaction._turns:
                 pass
             self._check_begun()
+            if self._transaction is transaction and transaction.state is State.CLOSED:
+                self._forget(transaction)
         return None if transaction is None or transaction.state is State.CLOSED else transaction
 
     def _begun_transaction(self, what: str) -> Transaction:

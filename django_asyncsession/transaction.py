@@ -192,9 +192,10 @@ class Transaction(Executor):
             self._check_not_finishing("close()")
 
     @property
-    def is_ending_elsewhere(self) -> bool:
-        """Whether another task ends it: whoever comes now has to wait for the next one."""
-        return self._ending and self._turns.task is not asyncio.current_task()
+    def is_over_elsewhere(self) -> bool:
+        """Whether another task ends it, so that whoever comes now has to go on without it."""
+        over = self._ending or self.state is State.CLOSED
+        return over and self._turns.task is not asyncio.current_task()
 
     async def _close_in_turn(self) -> None:
         async with self._turns:
@@ -212,7 +213,8 @@ class Transaction(Executor):
     def _stop_call_of_another_task(self) -> None:
         """A call that another task still has running (a sibling in `gather`) ends with
         SessionClosedError."""
-        if self._turns.task is not asyncio.current_task():
+        # A COMMIT on its way is waited for: cut, nobody would know whether it is saved.
+        if not self._finishing and self._turns.task is not asyncio.current_task():
             self._checkout.stop(
                 SessionClosedError(
                     f"the session of {self.alias!r} made at {self._site} was closed while this "

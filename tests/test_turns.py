@@ -14,6 +14,7 @@ from django.db import DatabaseError, InterfaceError, connections
 
 from django_asyncsession import (
     DatabaseInterface,
+    Outcome,
     Session,
     SessionClosedError,
     SessionInUseError,
@@ -140,6 +141,65 @@ async def test_who_comes_after_a_commit_goes_on_in_the_next_transaction(
             session.commit(),
         )
     assert await names(db) == ["a", "c"]
+    await whole(db)
+
+
+@pytest.mark.parametrize("error", [None, ZeroDivisionError()])
+async def test_in_autocommit_mode_who_comes_while_a_transaction_ends_takes_a_connection_of_its_own(
+    db: DatabaseInterface, error: Exception | None
+) -> None:
+    if db.vendor == "sqlite":
+        pytest.skip("on SQLite another writer has to wait anyway")
+    ready = asyncio.Event()
+
+    async def transaction() -> None:
+        async with session.atomic():
+            await session.execute(INSERT, ["a"])
+            ready.set()
+            if error is not None:
+                raise error
+
+    async def others() -> None:
+        await ready.wait()
+        for n in range(5):
+            with contextlib.suppress(SessionInUseError):
+                await session.execute(INSERT, [f"b{n}"])
+            await asyncio.sleep(0)
+
+    async with db.get_session(autocommit=True) as session:
+        await asyncio.gather(transaction(), others(), others(), return_exceptions=True)
+        assert not session.in_transaction
+        await session.execute(INSERT, ["c"])
+        await whole(db)
+    saved = await names(db)
+    assert ("a" in saved) is (error is None)
+    assert "c" in saved and "b4" in saved
+
+
+async def test_closing_waits_for_a_commit_on_its_way(db: DatabaseInterface) -> None:
+    session = await db.get_session().begin()
+    await session.execute(INSERT, ["a"])
+    committing = asyncio.create_task(session.commit())
+    await asyncio.sleep(0)
+    await session.close()
+    await committing
+    assert session.outcome is Outcome.COMMITTED
+    assert await names(db) == ["a"]
+    await whole(db)
+
+
+async def test_a_stream_dropped_while_another_task_has_a_block_open_ends_without_a_word(
+    db: DatabaseInterface, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with db.get_session() as session:
+        await session.execute_many(INSERT, [[f"{n}"] for n in range(50)])
+        async for _ in session.stream("SELECT name FROM tests_user", chunk_size=5):
+            break
+        async with session.begin_nested():
+            await asyncio.sleep(0.02)
+            await session.execute(INSERT, ["last"])
+        assert await session.fetch_value(COUNT) == 51
+    assert caplog.text == ""
     await whole(db)
 
 
