@@ -252,7 +252,7 @@ async def library(session: Session) -> Session:
         (books.updated.year > 2000, {"one", "two"}),
         (books.updated.date.year.gt(2000), {"one", "two"}),
     ],
-    ids=str,
+    ids=lambda value: " ".join(sorted(value)) if isinstance(value, set) else str(value),
 )
 async def test_relations_are_followed_by_attribute(
     library: Session, condition: Condition, expected: set[str]
