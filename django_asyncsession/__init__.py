@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .queries import UpsertQuery as UpsertQuery
     from .results import BaseResultSet as BaseResultSet
     from .results import Row as Row
+    from .routes import keep_thread as keep_thread
     from .rows import get_pk as get_pk
     from .rows import to_dict as to_dict
     from .session import Session as Session
@@ -47,6 +48,7 @@ _MODULES = {
     "queries": ("DeleteQuery", "InsertQuery", "SelectQuery", "UpdateQuery", "UpsertQuery"),
     "writes": ("excluded",),
     "rows": ("get_pk", "to_dict"),
+    "routes": ("keep_thread",),
     "results": ("BaseResultSet", "Row"),
     "exceptions": (
         "AliasNotInSession",

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from django.apps import AppConfig
+from django.core.signals import setting_changed
 
 
 class AsyncSessionConfig(AppConfig):
-    """Lets Django's guards against blocking calls know of the bridge, and PyMySQL stand in for
-    mysqlclient."""
+    """Lets Django's guards against blocking calls know of the bridge, PyMySQL stand in for
+    mysqlclient, and with NATIVE_ORM Django's async methods know of the current session."""
 
     name = "django_asyncsession"
     verbose_name = "Async sessions"
@@ -26,9 +27,13 @@ class AsyncSessionConfig(AppConfig):
         import_engines(engines)
 
     def ready(self) -> None:
-        """Answer Django's guards, before anything connects; register the system checks."""
+        """Answer Django's guards, before anything connects; register the system checks, and turn
+        native mode on if it is set."""
         from . import checks  # noqa: F401
         from .bridge import answer_async_guards
+        from .native import follow_settings
         from .rows import blocked_access
 
         answer_async_guards(blocked_access)
+        follow_settings()
+        setting_changed.connect(follow_settings)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
+import django
 from asgiref.sync import async_to_sync
 from django.conf import settings as django_settings
 from django.core.checks import CheckMessage, Error, Tags, Warning, register
@@ -17,6 +18,7 @@ from django.utils.module_loading import import_string
 from .backends.base import bridged_class
 from .conf import DEFAULTS
 from .conf import settings as own_settings
+from .routes import VERIFIED, is_verified
 
 MIDDLEWARE = "django_asyncsession.middleware.AsyncSessionMiddleware"
 # Django's own middleware that reads the database, so must find the session begun.
@@ -346,5 +348,21 @@ def check_mysql_engine(**kwargs: Any) -> list[CheckMessage]:
             f"New tables of {_alias()!r} are MyISAM, which has no transactions.",
             hint="Use InnoDB.",
             id=_id("W109"),
+        )
+    ]
+
+
+@register(Tags.compatibility)
+def check_native_version(**kwargs: Any) -> list[CheckMessage]:
+    """W112: native mode replaces names in modules of a Django that it was not verified with."""
+    if not own_settings.NATIVE_ORM or is_verified():
+        return []
+    verified = ", ".join(map(_dotted, sorted(VERIFIED)))
+    return [
+        Warning(
+            f"Native mode was not verified with Django {_dotted(django.VERSION[:3])}, only with "
+            f"{verified}.",
+            hint='Set ASYNC_SESSION["NATIVE_ORM"] to False, or run your tests with care.',
+            id=_id("W112"),
         )
     ]

@@ -7,12 +7,15 @@ import asyncio
 import contextvars
 import logging
 import weakref
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import TracebackType
 from typing import Any, Self
 
+from .conf import settings
 from .exceptions import SyncContextError
 from .session import Session
+from .sessionset import SessionSet
 
 logger = logging.getLogger("django_asyncsession")
 
@@ -23,19 +26,25 @@ class RequestScope:
     """Commits the session when the request went well, rolls back when it did not, and closes it
     either way.
 
+    In native mode it makes the session the current one, and ends those of other aliases with it.
     Django turns what a view raises into a response, so that middleware sees no exception; whoever
     does see it calls
     `fail`. A streaming response takes the session along: see `keep_for`.
     """
 
     def __init__(self, session: Session) -> None:
-        self.session = session
+        self.session: Session | SessionSet = session
+        self._current: AbstractContextManager[None] = nullcontext()
+        if settings.NATIVE_ORM:
+            self.session = sessions = SessionSet(session, keep_others=True)
+            self._current = sessions.as_current()
         self._failed = False
         # Not the body itself: it must end when the response lets go of it, without the garbage
         # collector.
         self._handed_over = False
 
     async def __aenter__(self) -> Self:
+        self._current.__enter__()
         return self
 
     async def __aexit__(
@@ -44,10 +53,18 @@ class RequestScope:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if exc is not None:
-            self.fail()
-        if not self._handed_over or self._failed:
-            await self.finish()
+        with self._leaving_current():
+            if exc is not None:
+                self.fail()
+            if not self._handed_over or self._failed:
+                await self.finish()
+
+    @contextmanager
+    def _leaving_current(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            self._current.__exit__(None, None, None)
 
     def fail(self) -> None:
         """Roll back at the end, because something was raised."""
@@ -77,7 +94,10 @@ class RequestScope:
             The same response.
         """
         if getattr(response, "streaming", False) and response.is_async and not self._failed:
-            response.streaming_content = StreamedBody(response._iterator, self)
+            parts = response._iterator
+            if isinstance(self.session, SessionSet):
+                parts = self.session.stream(parts)
+            response.streaming_content = StreamedBody(parts, self)
             self._handed_over = True
         return response
 

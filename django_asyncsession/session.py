@@ -16,7 +16,7 @@ from collections.abc import (
 )
 from contextlib import asynccontextmanager
 from types import TracebackType
-from typing import Any, ParamSpec, Self, TypeVar
+from typing import Any, ParamSpec, Protocol, Self, TypeVar
 from weakref import ref
 
 from django.db.models import Model
@@ -38,6 +38,15 @@ from .turns import check_loop
 P = ParamSpec("P")
 T = TypeVar("T")
 M = TypeVar("M", bound=Model)
+
+
+class Companions(Protocol):
+    """The sessions of other aliases that end with a session, and serve what it runs."""
+
+    async def run_on(
+        self, alias: str, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """Call sync code with the connection of `alias`, and with others if it uses them."""
 
 
 class Session:
@@ -63,6 +72,9 @@ class Session:
     Raises:
         ConfigurationError: an option that cannot be.
     """
+
+    # Set in native mode, for as long as the session is a current one.
+    companions: Companions | None = None
 
     def __init__(
         self,
@@ -557,6 +569,17 @@ class Session:
             raise TypeError(
                 f"run_sync() calls sync functions, and {fn!r} is a coroutine function; await it"
             )
+        if self.companions is not None:
+            return await self.companions.run_on(self.alias, fn, *args, **kwargs)
+        return await self.run_alone(fn, *args, **kwargs)
+
+    async def run_alone(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """As `run_sync`, without the sessions of other aliases that native mode begins.
+
+        Raises:
+            AliasNotInSession: `fn` uses another alias.
+            Whatever `fn` raises.
+        """
         async with self._working() as transaction:
             return await transaction.run(fn, *args, **kwargs)
 

@@ -28,6 +28,8 @@ LAYERS = [
     {"interface"},
     {
         "native",
+        "routes",
+        "sessionset",
         "scope",
         "middleware",
         "decorators",

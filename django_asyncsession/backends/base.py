@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import enum
+import inspect
 import logging
 import weakref
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
@@ -153,6 +154,14 @@ class WatchedCursorMixin(CursorWrapper if TYPE_CHECKING else object):  # type: i
         self._check_lease()
         self.db.touched = True
         return super().callproc(*args, **kwargs)
+
+    def close(self) -> None:
+        # A generator that is dropped closes its cursor wherever that happens, where nothing can be
+        # awaited: the cursor ends with its transaction anyway.
+        if self.__dict__.get("lease") is self.db.lease and self.db.serving is getcurrent():
+            self.cursor.close()
+        else:
+            self.db.forget_cursor(self)
 
     def _check_lease(self) -> None:
         if self.__dict__.get("lease") is not self.db.lease:
@@ -336,6 +345,16 @@ class BridgedMixin(_Wrapper):
         super()._rollback()
         self.dead = False
 
+    def on_commit(self, func: Any, robust: bool = False) -> None:
+        if self.pooled and inspect.iscoroutinefunction(func):
+            coroutine_function = func
+
+            def func() -> None:
+                await_(coroutine_function())
+
+            func.__qualname__ = coroutine_function.__qualname__
+        super().on_commit(func, robust)
+
     def run_and_clear_commit_hooks(self) -> None:
         pending: list[Any] = self.run_on_commit
         try:
@@ -417,6 +436,12 @@ class BridgedMixin(_Wrapper):
 
     def forget_cursor(self, cursor: Any) -> None:
         """Let go of a cursor that ends on the server with its transaction, telling no one."""
+
+    def close_if_unusable_or_obsolete(self) -> None:
+        # Django asks at the begin and the end of each request; how long a pooled connection lives
+        # is the pool's business.
+        if not self.pooled:
+            super().close_if_unusable_or_obsolete()
 
     # The end of a lease
 

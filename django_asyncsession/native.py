@@ -1,0 +1,251 @@
+"""Lets Django's own async methods run in the current session: `aget()`, `asave()`, `async for`.
+
+Django's modules took `sync_to_async` from asgiref by name. `install` puts a function of the same
+shape in its place: where there is a current session, it runs the sync code on the session's
+connection; everywhere else it does what Django does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import ExitStack, suppress
+from importlib import import_module
+from itertools import islice
+from typing import Any
+
+from asgiref.sync import AsyncToSync, SyncToAsync
+from django.db import DEFAULT_DB_ALIAS, connections, transaction
+from django.db.models.query import BaseIterable
+from django.dispatch import dispatcher
+
+from . import bridge
+from .conf import settings
+from .exceptions import ConfigurationError, SessionClosedError
+from .routes import ROUTES, keeps_thread
+from .session import Session
+from .sessionset import SessionSet, current, current_call, is_enclosed
+
+
+class RoutedCall(SyncToAsync[..., Any]):
+    """What Django makes of a sync function, with one more place to run it: the current session."""
+
+    applies: Callable[[Any], bool]
+
+    async def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the function in the current sessions, or else in a thread as Django does."""
+        sessions = current()
+        if sessions is None or not self._may_be_routed():
+            return await super().__call__(*args, **kwargs)
+        return await sessions.run(self.func, *args, **kwargs)
+
+    def _may_be_routed(self) -> bool:
+        # What Django itself sends to any thread (hashing a password) computes, and asks no
+        # database.
+        return self._thread_sensitive and self.applies(self.func) and not keeps_thread(self.func)
+
+
+def _routed(applies: Callable[[Any], bool]) -> Callable[..., Any]:
+    """A `sync_to_async` for one module."""
+
+    def sync_to_async(func: Any = None, **options: Any) -> Any:
+        if func is None:
+            return lambda fn: sync_to_async(fn, **options)
+        call = RoutedCall(func, **options)
+        call.applies = applies
+        return call
+
+    return sync_to_async
+
+
+class NativeConnections(type(connections)):  # type: ignore[misc]
+    """`django.db.connections` that gives code which sessions serve their connections, when it asks
+    for them."""
+
+    def __getitem__(self, alias: str) -> Any:
+        """The connection of an alias."""
+        call = current_call()
+        return super().__getitem__(alias) if call is None else call.connection(alias)
+
+    def all(self, initialized_only: bool = False) -> list[Any]:
+        """All connections. Those of sessions are not among the initialized ones, which Django
+        closes, and whose list of queries it empties, when a request begins and ends."""
+        if initialized_only and current_call() is not None:
+            return []
+        found: list[Any] = super().all(initialized_only)
+        return found
+
+
+def _on_commit(func: Callable[[], Any], using: str | None = None, robust: bool = False) -> None:
+    """`transaction.on_commit`, which async code may call where there is a current session.
+
+    Raises:
+        As `Session.on_commit`.
+    """
+    sessions = current()
+    if sessions is None or current_call() is not None:
+        _django_on_commit(func, using, robust)
+    else:
+        sessions.session(using or DEFAULT_DB_ALIAS).on_commit(func, robust)
+
+
+_django_on_commit = transaction.on_commit
+
+
+def _async_generator(rows: BaseIterable[Any]) -> AsyncIterator[Any]:
+    """`QuerySet.aiterator()`, which in a session also closes its cursor when it is left early."""
+    sessions = current()
+    if sessions is None:
+        return _django_async_generator(rows)  # type: ignore[no-any-return]
+    return _iterate(rows, sessions)
+
+
+_django_async_generator: Any = BaseIterable._async_generator  # type: ignore[attr-defined]
+
+
+async def _iterate(rows: Any, sessions: SessionSet) -> AsyncIterator[Any]:
+    async with sessions.hold(rows.queryset.db) as run:
+        generator = iter(rows)
+        try:
+            is_full = True
+            while is_full:
+                chunk = await run(lambda: list(islice(generator, rows.chunk_size)))
+                is_full = len(chunk) == rows.chunk_size
+                for row in chunk:
+                    try:
+                        yield row
+                    except GeneratorExit:
+                        return  # and so close the cursor where waiting is possible
+        finally:
+            await _close(generator, run)
+
+
+async def _close(generator: Any, run: Callable[..., Awaitable[Any]]) -> None:
+    try:
+        await run(generator.close)
+    except SessionClosedError:
+        # The cursor ended with the transaction; what is left must not find out later.
+        with suppress(SessionClosedError):
+            generator.close()
+
+
+def _await_in_bridge(self: AsyncToSync[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`async_to_sync`, which in the bridge would refuse because the event loop runs."""
+    if bridge.in_bridge() and not self.force_new_loop:
+        return bridge.await_(self.awaitable(*args, **kwargs))
+    return _asgiref_async_to_sync(self, *args, **kwargs)
+
+
+_asgiref_async_to_sync: Any = AsyncToSync.__call__
+
+
+async def _run_receivers(*receivers: Coroutine[Any, Any, Any]) -> Any:
+    """Await the async receivers of a signal: at the same time, unless sync code waits for them.
+
+    They then use what that code uses, its connection and its transaction, one after the other.
+    """
+    if not is_enclosed():
+        return await _django_run_receivers(*receivers)
+    waiting = list(receivers)
+    try:
+        return [await waiting.pop(0) for _ in receivers]
+    finally:
+        for receiver in waiting:
+            receiver.close()
+
+
+class _DispatcherAsyncio:
+    """What the dispatcher of Django before 6.1 knows as asyncio; it uses `gather` only."""
+
+    gather = staticmethod(_run_receivers)
+
+
+_django_run_receivers: Any = getattr(dispatcher, "_run_parallel", asyncio.gather)
+
+
+# What `install` replaced: the object, the name, and what was there.
+_replaced: list[tuple[Any, str, Any]] = []
+
+
+def install() -> None:
+    """Route Django's async methods into the current session; installing twice does nothing."""
+    if _replaced:
+        return
+    for route in ROUTES:
+        if route.is_wanted:
+            module = import_module(route.module)
+            if hasattr(module, "sync_to_async"):
+                _replace(module, "sync_to_async", _routed(route.applies))
+    _replace(BaseIterable, "_async_generator", _async_generator)
+    _replace(transaction, "on_commit", _on_commit)
+    _replace(AsyncToSync, "__call__", _await_in_bridge)
+    if hasattr(dispatcher, "_run_parallel"):
+        _replace(dispatcher, "_run_parallel", _run_receivers)
+    else:
+        _replace(dispatcher, "asyncio", _DispatcherAsyncio)
+    _replace(connections, "__class__", NativeConnections)
+
+
+def _replace(holder: Any, name: str, value: Any) -> None:
+    _replaced.append((holder, name, getattr(holder, name)))
+    setattr(holder, name, value)
+
+
+def uninstall() -> None:
+    """Put every name of Django's back."""
+    while _replaced:
+        setattr(*_replaced.pop())
+
+
+def follow_settings(setting: str = "ASYNC_SESSION", **kwargs: Any) -> None:
+    """Install or uninstall, as the settings say; called when Django starts and when a test changes
+    them."""
+    if setting == "ASYNC_SESSION":
+        (install if settings.NATIVE_ORM else uninstall)()
+
+
+def is_installed() -> bool:
+    """Whether Django's async methods are routed."""
+    return bool(_replaced)
+
+
+def use(session: Session, *others: Session) -> Use:
+    """Run Django's own async methods in this session, for scripts, tests, consumers and commands.
+
+    For `with` and `async with` alike. The session is begun and ended by whoever made it. An alias
+    without a session is used in autocommit mode, as Django itself would.
+
+    Args:
+        session: the session of its alias.
+        others: sessions of other aliases.
+
+    Raises:
+        ConfigurationError: native mode is off.
+    """
+    if not is_installed():
+        raise ConfigurationError(
+            'native mode is off; set ASYNC_SESSION = {"NATIVE_ORM": True}, or call native.install()'
+        )
+    return Use(session, *others)
+
+
+class Use:
+    """What `use` returns: the sessions are the current ones inside the block."""
+
+    def __init__(self, *sessions: Session) -> None:
+        self._sessions = sessions
+        self._exit = ExitStack()
+
+    def __enter__(self) -> None:
+        sessions = SessionSet(*self._sessions, keep_others=False)
+        self._exit.callback(sessions.end)
+        self._exit.enter_context(sessions.as_current())
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._exit.close()
+
+    async def __aenter__(self) -> None:
+        self.__enter__()
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self.__exit__()

@@ -1,0 +1,445 @@
+"""The sessions of one unit of work, one for each database alias, and sync code that uses whichever
+of them it touches."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any, ParamSpec, TypeVar, cast
+
+from django.db import connections
+from greenlet import getcurrent, greenlet
+
+from . import bridge
+from .backends.base import BridgedMixin
+from .exceptions import SessionClosedError, SessionInUseError
+from .interface import databases
+from .pool import task_name
+from .session import Session
+
+logger = logging.getLogger("django_asyncsession")
+
+P = ParamSpec("P")
+T = TypeVar("T")
+Runner = Callable[..., Coroutine[Any, Any, Any]]
+NONE: Mapping[str, Runner] = {}
+
+# The sessions that Django's own async methods run in, in this context.
+_current: contextvars.ContextVar[SessionSet | None] = contextvars.ContextVar(
+    "current", default=None
+)
+# The call of sync code that the current task is inside of: it awaits what asks.
+_enclosing: contextvars.ContextVar[Call | None] = contextvars.ContextVar("enclosing", default=None)
+
+
+class SessionSet:
+    """The sessions of one unit of work, one for each alias.
+
+    An alias that has none gets one when it is first used. All of them end together: `commit` and
+    `close` have the meaning they have for one session, so that whatever ends a session can end
+    the set.
+
+    Args:
+        main: the session that commits last.
+        others: sessions for other aliases.
+        keep_others: True: what is begun for an alias without a session is kept, and ends with the
+            set. False: it is in autocommit mode, so that nothing of it is left after a call.
+    """
+
+    def __init__(self, main: Session, *others: Session, keep_others: bool) -> None:
+        self._main = main.alias
+        self._sessions: dict[str, Session] = {s.alias: s for s in (main, *others)}
+        self._autocommit = main.autocommit if keep_others else True
+        self._loop: asyncio.AbstractEventLoop | None = _running_loop()
+        self._ended = False
+        # Which task has the connection of an alias, and which alias a task waits for.
+        self._holders: dict[str, asyncio.Task[Any] | None] = {}
+        self._wanted: dict[asyncio.Task[Any] | None, str] = {}
+        for session in self._sessions.values():
+            session.companions = self
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {', '.join(map(repr, self._sessions.values()))}>"
+
+    def session(self, alias: str) -> Session:
+        """The session of an alias, made now if there is none.
+
+        Raises:
+            UnknownAlias: DATABASES has no such alias.
+            SessionClosedError: the set has ended.
+        """
+        if self._ended:
+            raise SessionClosedError(
+                f"the sessions for {alias!r} and other databases have ended; make new ones"
+            )
+        if alias not in self._sessions:
+            session = databases[alias].get_session(begin_on_use=True, autocommit=self._autocommit)
+            session.companions = self
+            self._sessions[alias] = session
+        return self._sessions[alias]
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether the set has not ended, and belongs to the event loop that runs here."""
+        loop = _running_loop()
+        if self._loop is None:
+            self._loop = loop
+        return not self._ended and loop is not None and loop is self._loop
+
+    # Sync code
+
+    async def run(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call sync code natively async. Each alias that it touches is its session's connection,
+        taken when it is touched; code that touches none takes none.
+
+        Raises:
+            SessionInUseError: it would wait for a task that waits for this one.
+            Whatever `fn` raises.
+        """
+        return await bridge.run(self._run, fn, args, kwargs)
+
+    async def run_on(
+        self, alias: str, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """As `run`, taking the connection of `alias` first.
+
+        Raises:
+            As `run`.
+        """
+        return await bridge.run(self._run, _take, (alias, fn, *args), kwargs)
+
+    @asynccontextmanager
+    async def hold(self, alias: str) -> AsyncIterator[Callable[[Callable[[], T]], Awaitable[T]]]:
+        """One connection for several calls, each with what is yielded: the rows of one cursor."""
+        async with self.session(alias).hold() as transaction:
+
+            async def run(fn: Callable[[], T]) -> T:
+                # A cursor that is open already does not ask for its connection.
+                return await bridge.run(self._run, _take, (alias, fn), {}, {alias: transaction.run})
+
+            yield run
+
+    def _run(
+        self, fn: Callable[..., T], args: Any, kwargs: Any, runners: Mapping[str, Runner] = NONE
+    ) -> T:
+        call = Call(self, runners)
+        outer = call.outer
+        _enclosing.set(call)
+        try:
+            return cast(T, call.go_on(call.switch(fn, args, kwargs)))
+        finally:
+            _enclosing.set(outer)
+            call.end()
+            # A traceback keeps this frame, which must not keep the greenlet.
+            del call, outer
+
+    def lend(self, call: Call, alias: str) -> Any:
+        """Go on with `call` once it has the connection of `alias`; in the bridge.
+
+        Returns:
+            The result of the call.
+        """
+        try:
+            self._check_no_deadlock(call.task, alias)
+            self._wanted[call.task] = alias
+            run = call.runners.get(alias) or self.session(alias).run_alone
+            return bridge.await_(run(self._enter, call, alias))
+        except BaseException as error:
+            if alias in call.entered:
+                raise
+            # The code itself asked for the connection, so it is told that there is none.
+            call.failed[alias] = error
+            return call.go_on(call.throw(error))
+        finally:
+            self._wanted.pop(call.task, None)
+            # A traceback keeps this frame, which must not keep the greenlet.
+            del call
+
+    def _enter(self, call: Call, alias: str) -> Any:
+        """Go on with `call`; in the bridge that serves it the connection."""
+        call.entered.add(alias)
+        self._wanted.pop(call.task, None)
+        wrapper: Any = connections[alias]
+        try:
+            with self._held(alias, call.task), call.using(wrapper):
+                return call.go_on(call.switch(wrapper))
+        finally:
+            del call
+
+    @contextmanager
+    def _held(self, alias: str, task: asyncio.Task[Any] | None) -> Iterator[None]:
+        if self._takes_its_own(alias):
+            yield
+            return
+        outer = self._holders.get(alias)
+        self._holders[alias] = task
+        try:
+            yield
+        finally:
+            self._holders[alias] = outer
+            if outer is None:
+                del self._holders[alias]
+
+    def _takes_its_own(self, alias: str) -> bool:
+        """Whether each call on an alias takes a connection of its own, so that none waits."""
+        session = self.session(alias)
+        return session.autocommit and not session.in_transaction
+
+    def _check_no_deadlock(self, task: asyncio.Task[Any] | None, alias: str) -> None:
+        """Refuse to wait for a task that waits, maybe by way of others, for this one."""
+        if self._takes_its_own(alias):
+            return
+        seen: str | None = alias
+        holder = None
+        while seen is not None and seen in self._holders:
+            holder = self._holders[seen]
+            if holder is task:
+                break
+            seen = self._wanted.get(holder)
+        else:
+            return
+        other = self._holders[alias]
+        if other is not task:
+            raise SessionInUseError(
+                f"task {task_name()!r} needs the session of {alias!r}, which task "
+                f"{other and other.get_name()!r} uses while it waits for a session that this "
+                "task uses; let the two run one after the other"
+            )
+
+    # The end
+
+    @property
+    def in_transaction(self) -> bool:
+        """Whether any of the sessions is in a transaction."""
+        return bool(self._open())
+
+    def _open(self) -> list[Session]:
+        """The sessions in a transaction, the main one last."""
+        return [s for s in self._in_order() if s.in_transaction]
+
+    def _in_order(self) -> list[Session]:
+        """The sessions in the order they were begun, the main one last."""
+        return sorted(self._sessions.values(), key=lambda s: s.alias == self._main)
+
+    async def commit(self) -> None:
+        """Commit every session: in the order they were begun, and the main one last, so that it is
+        rolled back when another cannot be saved.
+
+        Raises:
+            As `Session.commit`. What was committed before the failure stays; a note of the error,
+            and the log, name it.
+        """
+        saved: list[str] = []
+        # A callback of a commit may begin a transaction, on this alias or another.
+        while sessions := self._open():
+            for session in sessions:
+                try:
+                    with self.as_current():
+                        await session.commit()
+                except BaseException as error:
+                    _report(error, session.alias, saved)
+                    raise
+                saved.append(session.alias)
+
+    async def close(self, *, has_error: bool = False) -> None:
+        """Roll back what is not committed and give the connections back."""
+        sessions = self._in_order()
+        self.end()
+        await _close_all(sessions, has_error)
+
+    def end(self) -> None:
+        """From now on Django's async methods do what they do without a session."""
+        self._ended = True
+        for session in self._sessions.values():
+            session.companions = None
+        # Timers and tasks made meanwhile keep a copy of the context, and it this set.
+        self._sessions.clear()
+
+    # The context
+
+    @contextmanager
+    def as_current(self) -> Iterator[None]:
+        """Let Django's async methods run in these sessions, in this context and in the tasks that
+        it makes."""
+        outer = _current.get()
+        _current.set(self)
+        try:
+            yield
+        finally:
+            # By value: a generator, or a greenlet, may end in another context than it began in.
+            _current.set(outer)
+
+    def stream(self, parts: AsyncIterator[T]) -> AsyncIterator[T]:
+        """The same parts, each made with these sessions as the current ones, whoever asks for
+        it."""
+        return _Parts(parts, self)
+
+
+def _take(alias: str, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+    """Take the connection of `alias` before calling `fn`."""
+    _ = connections[alias]
+    return fn(*args, **kwargs)
+
+
+class _Parts(AsyncIterator[T]):
+    def __init__(self, parts: AsyncIterator[T], sessions: SessionSet) -> None:
+        self._parts, self._sessions = parts, sessions
+
+    async def __anext__(self) -> T:
+        with self._sessions.as_current():
+            return await anext(self._parts)
+
+    async def aclose(self) -> None:
+        if (aclose := getattr(self._parts, "aclose", None)) is not None:
+            with self._sessions.as_current():
+                await aclose()
+
+
+class _Wanted:
+    """What a call hands out when it needs the connection of an alias."""
+
+    def __init__(self, alias: str) -> None:
+        self.alias = alias
+
+
+class Call(bridge._Bridge):
+    """The greenlet that sync code runs in. What it awaits, and the connections it asks for, it
+    gets from the greenlet it runs below; that changes with each connection it takes."""
+
+    def __init__(self, sessions: SessionSet, runners: Mapping[str, Runner]) -> None:
+        super().__init__(bridge._call)
+        # The same context object, not a copy: what the code sets, the caller sees.
+        self.gr_context = getcurrent().gr_context
+        self.sessions = sessions
+        # What serves the connection of an alias, where it is not the session's own choice.
+        self.runners = runners
+        self.task = asyncio.current_task()
+        self.wrappers: dict[str, BridgedMixin] = {}
+        self.entered: set[str] = set()
+        self.failed: dict[str, BaseException] = {}
+        self._borrowed: list[tuple[BridgedMixin, object]] = []
+        outer = _enclosing.get()
+        self.outer = outer if outer is not None and outer.task is self.task else None
+
+    def connection(self, alias: str) -> Any:
+        """The connection of an alias; called in this greenlet, where the code uses
+        `connections[alias]`.
+
+        Raises:
+            UnknownAlias: DATABASES has no such alias.
+            Whatever keeps the session from getting a connection.
+        """
+        if alias in self.wrappers:
+            return self.wrappers[alias]
+        if alias in self.failed:
+            # Django's blocks ask again while they unwind: not one more wait for a full pool.
+            raise self.failed[alias]
+        return self._borrow(alias) or cast(greenlet, self.parent).switch(_Wanted(alias))
+
+    def _borrow(self, alias: str) -> BridgedMixin | None:
+        """The connection that a call of the same task has, which awaits this one: an async
+        receiver or callback uses what its sender uses."""
+        outer = self.outer
+        while outer is not None:
+            wrapper = outer.wrappers.get(alias)
+            if wrapper is not None and outer.sessions is self.sessions:
+                self._borrowed.append((wrapper, wrapper.serving))
+                wrapper.serving = self
+                self.wrappers[alias] = wrapper
+                return wrapper
+            outer = outer.outer
+        return None
+
+    def end(self) -> None:
+        """Give what was borrowed back."""
+        self.outer = None
+        for wrapper, serving in reversed(self._borrowed):
+            wrapper.serving = serving
+        self._borrowed.clear()
+        self.wrappers.clear()
+        self.failed.clear()
+
+    @contextmanager
+    def using(self, wrapper: BridgedMixin) -> Iterator[None]:
+        """Let the code of this greenlet use a connection that is served to the one it runs
+        below."""
+        outer = wrapper.serving
+        wrapper.serving = self
+        self.wrappers[wrapper.alias] = wrapper
+        self.parent = getcurrent()
+        try:
+            yield
+        finally:
+            wrapper.serving = outer
+            self.wrappers.pop(wrapper.alias, None)
+
+    def go_on(self, outcome: Any) -> Any:
+        """Do what the code hands out until it has returned; called in the bridge, by the greenlet
+        that it runs below.
+
+        Returns:
+            The result of the code.
+        """
+        try:
+            while not self.dead:
+                if isinstance(outcome, _Wanted):
+                    return self.sessions.lend(self, outcome.alias)
+                try:
+                    value = bridge.await_(outcome.pop())
+                except BaseException as error:
+                    self.closing = getcurrent().closing  # type: ignore[attr-defined]
+                    outcome = self.throw(error)
+                else:
+                    outcome = self.switch(value)
+            return outcome
+        finally:
+            outcome = value = None
+            del self
+
+
+def current() -> SessionSet | None:
+    """The sessions that Django's async methods run in here; None where they do what they do
+    without."""
+    sessions = _current.get()
+    return sessions if sessions is not None and sessions.is_usable else None
+
+
+def current_call() -> Call | None:
+    """The call that this sync code is in, if its sessions serve it."""
+    this = getcurrent()
+    return this if isinstance(this, Call) else None
+
+
+def is_enclosed() -> bool:
+    """Whether sync code, further up in this task, waits for what is awaited here."""
+    call = _enclosing.get()
+    return call is not None and call.task is asyncio.current_task()
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
+
+
+async def _close_all(sessions: list[Session], has_error: bool) -> None:
+    """Close each, also when one before it could not be closed."""
+    if not sessions:
+        return
+    try:
+        await sessions[0].close(has_error=has_error)
+    finally:
+        await _close_all(sessions[1:], has_error)
+
+
+def _report(error: BaseException, failed: str, saved: list[str]) -> None:
+    """Say which databases have the unit of work and which one does not."""
+    if saved:
+        names = ", ".join(map(repr, saved))
+        text = f"the commit on {failed!r} failed after {names} was committed, and stays so"
+        error.add_note(text)
+        logger.error("%s: %s", text, error)

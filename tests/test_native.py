@@ -1,0 +1,725 @@
+"""Native mode: Django's own async methods in the current session, and as ever without one."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
+
+import django
+import pytest
+from asgiref.sync import (
+    AsyncToSync,
+    SyncToAsync,
+    async_to_sync,
+    iscoroutinefunction,
+    sync_to_async,
+)
+from django.contrib.auth import user_logged_in
+from django.contrib.auth.models import User as Account
+from django.contrib.contenttypes.models import ContentType
+from django.core.cache import caches
+from django.core.management import call_command
+from django.core.signals import request_finished, request_started
+from django.db import (
+    IntegrityError,
+    close_old_connections,
+    connection,
+    connections,
+    reset_queries,
+    transaction,
+)
+from django.db.models import query
+from django.db.models.signals import post_save
+from django.http import Http404
+from django.shortcuts import aget_object_or_404
+from django.test import override_settings
+
+from django_asyncsession import (
+    ConfigurationError,
+    DatabaseInterface,
+    PoolTimeout,
+    SessionInUseError,
+    UnknownAlias,
+    bridge,
+    checks,
+    databases,
+    keep_thread,
+    native,
+)
+from django_asyncsession.routes import ROUTES
+from tests.models import Author, Book, Tag, User
+from tests.sessions import names, whole
+
+pytestmark = pytest.mark.usefixtures("empty_tables")
+
+
+@pytest.fixture(autouse=True)
+def native_mode() -> Iterator[None]:
+    with override_settings(ASYNC_SESSION={"NATIVE_ORM": True}):
+        yield
+
+
+@pytest.fixture
+async def db(alias: str) -> AsyncIterator[DatabaseInterface]:
+    yield databases[alias]
+    await whole(databases[alias])
+    await databases.close_all()
+
+
+@pytest.fixture
+def threads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the functions that went to a thread."""
+    called: list[str] = []
+    in_thread = SyncToAsync.__call__
+
+    async def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        called.append(self.func.__qualname__)
+        return await in_thread(self, *args, **kwargs)
+
+    monkeypatch.setattr(SyncToAsync, "__call__", call)
+    return called
+
+
+# Django's async methods
+
+
+async def test_async_methods_are_in_the_session_and_in_no_thread(
+    db: DatabaseInterface, threads: list[str]
+) -> None:
+    users = User.objects.using(db.alias)
+    async with db.get_session() as session:
+        with native.use(session):
+            ada = await users.acreate(name="Ada")
+            ada.level = 2
+            await ada.asave(using=db.alias)
+            await ada.arefresh_from_db(using=db.alias)
+            await users.abulk_create([User(name="Bob"), User(name="Cy")])
+            _, made = await users.aget_or_create(name="Ada", defaults={"level": 9})
+            assert not made
+            assert [u.name async for u in users.filter(level=2)] == ["Ada"]
+            assert await users.acount() == 3 == len([u async for u in users])
+            assert (await users.alast()) == await users.aget(name="Cy")
+            await users.filter(name="Cy").adelete()
+            assert await users.filter(name="Bob").aupdate(level=7) == 1
+            assert await users.aexists() and await users.acontains(ada)
+            assert await session.fetch_value("SELECT COUNT(*) FROM tests_user") == 2
+        await session.rollback()
+    assert await names(db) == []
+    assert threads == []
+
+
+async def test_related_managers_are_in_the_session(
+    db: DatabaseInterface, threads: list[str]
+) -> None:
+    authors = Author.objects.using(db.alias)
+    async with db.get_session() as session, native.use(session):
+        ada = await authors.acreate(name="Ada")
+        book = await ada.books.acreate(title="Notes")
+        red = await book.tags.acreate(name="red")
+        blue = await Tag.objects.using(db.alias).acreate(name="blue")
+        await book.tags.aadd(blue)
+        assert [t.name async for t in book.tags.order_by("name")] == ["blue", "red"]
+        await book.tags.aset([blue])
+        await book.tags.aremove(blue)
+        assert not await book.tags.aexists()
+        await book.tags.aadd(red)
+        await book.tags.aclear()
+        assert await ada.books.acount() == 1
+        found = [a async for a in authors.prefetch_related("books").all()]
+        assert found[0].books.all()[0] == book
+    assert threads == []
+
+
+async def test_rows_come_in_chunks_from_one_cursor(
+    db: DatabaseInterface, threads: list[str]
+) -> None:
+    users = User.objects.using(db.alias).order_by("name")
+    async with db.get_session() as session, native.use(session):
+        await users.abulk_create([User(name=f"{i}") for i in range(8)])
+        assert [u.name async for u in users.aiterator(chunk_size=3)] == list("01234567")
+        assert [u.name async for u in users[:6].aiterator(chunk_size=3)] == list("012345")
+        assert [n async for n in users.values_list("name", flat=True).aiterator()][7] == "7"
+        tagged = users.prefetch_related("tags").aiterator(chunk_size=3)
+        assert [list(u.tags.all()) async for u in tagged] == [[]] * 8
+    assert threads == []
+
+
+@pytest.mark.parametrize("autocommit", [False, True])
+async def test_an_iteration_left_early_closes_its_cursor_and_keeps_the_connection(
+    db: DatabaseInterface, autocommit: bool
+) -> None:
+    users = User.objects.using(db.alias).order_by("name")
+    async with db.get_session(autocommit=autocommit) as session, native.use(session):
+        await users.abulk_create([User(name=f"{i}") for i in range(8)])
+        rows = users.aiterator(chunk_size=3)
+        assert (await anext(rows)).name == "0"
+        await rows.aclose()  # type: ignore[attr-defined]
+        async for user in users.aiterator(chunk_size=3):
+            assert user.name == "0"
+            break
+        assert await users.acount() == 8
+    await whole(db)
+    assert db.stats()["connections_lost"] == db.stats()["returns_bad"] == 0
+
+
+async def test_in_autocommit_mode_rows_come_in_chunks_and_calls_run_in_parallel(
+    db: DatabaseInterface, threads: list[str]
+) -> None:
+    users = User.objects.using(db.alias).order_by("name")
+    async with db.get_session(autocommit=True) as session, native.use(session):
+        await users.abulk_create([User(name=f"{i}") for i in range(8)])
+        assert await names(db) == list("01234567")
+        assert [u.name async for u in users.aiterator(chunk_size=3)] == list("01234567")
+        counts = await asyncio.gather(*(users.acount() for _ in range(3)))
+    assert counts == [8, 8, 8]
+    assert threads == []
+
+
+async def test_shortcuts_and_pages_are_in_the_session(
+    db: DatabaseInterface, threads: list[str]
+) -> None:
+    users = User.objects.using(db.alias).order_by("name")
+    async with db.get_session() as session, native.use(session):
+        ada = await users.acreate(name="Ada")
+        assert await aget_object_or_404(users, name="Ada") == ada
+        with pytest.raises(Http404):
+            await aget_object_or_404(users, name="Bob")
+        if django.VERSION >= (6, 0):
+            from django.core.paginator import AsyncPaginator
+
+            page = await AsyncPaginator(users, 1).apage(1)
+            assert await page.aget_object_list() == [ada]
+    assert threads == []
+
+
+async def test_permissions_are_asked_for_in_the_session(threads: list[str]) -> None:
+    """Aliases are resolved as Django does: these models are on the default one."""
+    db = databases["default"]
+    async with db.get_session() as session, native.use(session):
+        ada = await Account.objects.acreate(username="ada")
+        kind = await ContentType.objects.aget(app_label="tests", model="book")
+        assert not await ada.ahas_perm("tests.add_book")
+        await ada.user_permissions.aadd(await kind.permission_set.aget(codename="add_book"))
+        ada = await Account.objects.aget(pk=ada.pk)
+        assert await ada.ahas_perm("tests.add_book")
+    assert threads == []
+    await databases.close_all()
+
+
+async def test_tasks_of_one_session_queue_for_it(db: DatabaseInterface) -> None:
+    async with db.get_session() as session, native.use(session):
+        ada = await Author.objects.using(db.alias).acreate(name="Ada")
+        book = await Book.objects.using(db.alias).acreate(title="Notes", author=ada)
+        got = await asyncio.gather(
+            Book.objects.using(db.alias).aget(), Author.objects.using(db.alias).aget()
+        )
+    assert got == [book, ada]
+
+
+async def test_an_error_is_djangos_and_the_transaction_is_over(db: DatabaseInterface) -> None:
+    authors = Author.objects.using(db.alias)
+    with pytest.raises(transaction.TransactionManagementError):
+        async with db.get_session() as session, native.use(session):
+            await authors.acreate(name="Ada")
+            with pytest.raises(IntegrityError):
+                await authors.acreate(name="Ada")
+            with pytest.raises(transaction.TransactionManagementError):
+                await authors.acount()
+    async with db.get_session() as session, native.use(session):
+        assert await authors.acount() == 0
+
+
+async def test_a_nested_block_takes_an_error_back(db: DatabaseInterface) -> None:
+    authors = Author.objects.using(db.alias)
+    async with db.get_session() as session, native.use(session):
+        await authors.acreate(name="Ada")
+        with pytest.raises(IntegrityError):
+            async with session.begin_nested():
+                await authors.acreate(name="Ada")
+        assert await authors.acount() == 1
+
+
+async def test_cancelling_rolls_back_and_leaves_the_pool_whole(db: DatabaseInterface) -> None:
+    started = asyncio.Event()
+
+    async def work() -> None:
+        async with db.get_session() as session, native.use(session):
+            await User.objects.using(db.alias).acreate(name="half")
+            started.set()
+            await native.current().run(lambda: bridge.await_(asyncio.sleep(30)))  # type: ignore[union-attr]
+
+    task = asyncio.create_task(work())
+    await started.wait()
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert await names(db) == []
+
+
+# Callbacks
+
+
+async def test_on_commit_calls_functions_and_awaits_coroutine_functions(
+    db: DatabaseInterface, threads: list[str]
+) -> None:
+    called: list[Any] = []
+
+    async def later() -> None:
+        called.append(await User.objects.using(db.alias).acount())
+
+    def sync_code() -> None:
+        transaction.on_commit(later, using=db.alias)
+
+    async with db.get_session() as session, native.use(session):
+        await User.objects.using(db.alias).acreate(name="Ada")
+        transaction.on_commit(lambda: called.append("first"), using=db.alias)
+        transaction.on_commit(later, using=db.alias)
+        await session.run_sync(sync_code)
+        assert called == []
+        await session.commit()
+        assert called == ["first", 1, 1]
+        transaction.on_commit(lambda: called.append("never"), using=db.alias)
+        await session.rollback()
+    assert called == ["first", 1, 1]
+    assert threads == []
+
+
+# Signals
+
+
+@pytest.fixture
+def saves(request: pytest.FixtureRequest) -> Iterator[Callable[[Callable[..., Any]], None]]:
+    """Connects receivers to what is sent after a user is saved."""
+    connected: list[Callable[..., Any]] = []
+
+    def connect(receiver: Callable[..., Any]) -> None:
+        connected.append(receiver)
+        post_save.connect(receiver, sender=User, weak=False)
+
+    yield connect
+    for receiver in connected:
+        post_save.disconnect(receiver, sender=User)
+
+
+@pytest.mark.parametrize("autocommit", [False, True])
+async def test_receivers_of_both_kinds_are_in_the_transaction_of_the_sender(
+    db: DatabaseInterface, autocommit: bool, saves: Any, threads: list[str]
+) -> None:
+    authors = Author.objects.using(db.alias)
+    seen: list[Any] = []
+
+    def first(instance: User, **kwargs: Any) -> None:
+        seen.append(authors.create(name=f"sync {instance.name}").name)
+
+    async def second(instance: User, **kwargs: Any) -> None:
+        seen.append((await authors.acreate(name=f"async {instance.name}")).name)
+
+    async def third(instance: User, **kwargs: Any) -> None:
+        seen.append(await authors.acount())
+        seen.append([a.name async for a in authors.order_by("name")])
+        assert await User.objects.using(db.alias).acontains(instance)
+
+    for receiver in (first, second, third):
+        saves(receiver)
+
+    def save_and_fail() -> None:
+        with transaction.atomic(using=db.alias):
+            User(name="Ada").save(using=db.alias)
+            raise ValueError("after the receivers")
+
+    async with db.get_session(autocommit=autocommit) as session, native.use(session):
+        with pytest.raises(ValueError, match="after the receivers"):
+            await session.run_sync(save_and_fail)
+        assert seen == ["sync Ada", "async Ada", 2, ["async Ada", "sync Ada"]]
+        assert await authors.acount() == 0
+        await User.objects.using(db.alias).acreate(name="Bob")
+        assert seen[4:6] == ["sync Bob", "async Bob"]
+    assert await names(db) == ["Bob"]
+    assert threads == []
+
+
+async def test_an_async_receiver_that_fails_fails_the_sender(
+    db: DatabaseInterface, saves: Any
+) -> None:
+    called: list[str] = []
+
+    async def fails(**kwargs: Any) -> None:
+        raise ValueError("from the receiver")
+
+    async def is_not_called(**kwargs: Any) -> None:
+        called.append("never")
+
+    saves(fails)
+    saves(is_not_called)
+    async with db.get_session() as session, native.use(session):
+        with pytest.raises(ValueError, match="from the receiver"):
+            await User.objects.using(db.alias).acreate(name="Ada")
+        results = await session.run_sync(lambda: post_save.send_robust(User, instance=None))
+        assert [type(r) for _, r in results] == [ValueError, type(None)]
+    assert called == ["never"]
+
+
+async def test_signals_sent_by_async_code_reach_the_session(threads: list[str]) -> None:
+    """Django's own receiver of a log-in updates the user, who is not committed yet."""
+    async with databases["default"].get_session() as session, native.use(session):
+        ada = await Account.objects.acreate(username="ada")
+        await user_logged_in.asend(type(ada), request=None, user=ada)
+        await ada.arefresh_from_db()
+        assert ada.last_login is not None
+    assert threads == []
+    await databases.close_all()
+
+
+async def test_async_code_called_from_sync_code_is_awaited(db: DatabaseInterface) -> None:
+    """As a sync service does that sends something with a library that is async only."""
+
+    async def count() -> int:
+        await asyncio.sleep(0)
+        return await User.objects.using(db.alias).acount()
+
+    async with db.get_session() as session, native.use(session):
+        assert await session.run_sync(async_to_sync(count)) == 0
+    with pytest.raises(RuntimeError, match="same thread as an async event loop"):
+        async_to_sync(count)()
+
+
+def test_on_commit_without_a_session_is_djangos() -> None:
+    called: list[str] = []
+    transaction.on_commit(lambda: called.append("at once"))
+    assert called == ["at once"]
+
+
+# Several databases
+
+
+async def test_an_alias_without_a_session_is_used_in_autocommit_mode(threads: list[str]) -> None:
+    async with databases["default"].get_session() as session, native.use(session):
+        await User.objects.acreate(name="half")
+        await User.objects.using("sqlite").acreate(name="whole")
+        await session.rollback()
+    assert await names(databases["default"]) == []
+    assert await names(databases["sqlite"]) == ["whole"]
+    assert threads == []
+    await databases.close_all()
+
+
+async def test_sync_code_of_a_session_uses_other_aliases_too() -> None:
+    def audited() -> int:
+        User.objects.create(name="Ada")
+        User.objects.using("sqlite").create(name="Ada was here")
+        return User.objects.using("sqlite").count() + User.objects.count()
+
+    async with databases["default"].get_session() as session:
+        with native.use(session):
+            assert await session.run_sync(audited) == 2
+        await session.rollback()
+    assert await names(databases["sqlite"]) == ["Ada was here"]
+    await databases.close_all()
+
+
+async def test_two_sessions_are_used_each_for_its_alias() -> None:
+    first, second = databases["default"].get_session(), databases["sqlite"].get_session()
+    async with first, second:
+        with native.use(first, second):
+            await User.objects.acreate(name="one")
+            await User.objects.using("sqlite").acreate(name="two")
+        await second.rollback()
+    assert await names(databases["default"]) == ["one"]
+    assert await names(databases["sqlite"]) == []
+    await databases.close_all()
+
+
+async def test_calls_that_would_wait_for_each_other_are_refused() -> None:
+    """One has the first database and needs the second, the other the other way round."""
+    meeting = asyncio.Barrier(2)
+
+    def touch(first: str, second: str) -> int:
+        User.objects.using(first).count()
+        bridge.await_(meeting.wait())
+        return User.objects.using(second).count()
+
+    a, b = databases["default"].get_session(), databases["sqlite"].get_session()
+    async with asyncio.timeout(5), a, b:
+        with native.use(a, b):
+            sessions = native.current()
+            assert sessions is not None
+            outcomes = await asyncio.gather(
+                sessions.run(touch, "default", "sqlite"),
+                sessions.run(touch, "sqlite", "default"),
+                return_exceptions=True,
+            )
+    refused = [o for o in outcomes if isinstance(o, SessionInUseError)]
+    assert len(refused) == 1 and "uses while it waits" in str(refused[0])
+    assert 0 in outcomes
+    await databases.close_all()
+
+
+async def test_code_that_gets_no_connection_is_told_so_once() -> None:
+    db = databases["default"]
+    pools = {"default": {"max_size": 1, "timeout": 0.1}}
+    await db.close()
+    with override_settings(ASYNC_SESSION={"NATIVE_ORM": True, "POOLS": pools}):
+        lease = await db.acquire()
+        session = db.get_session(begin_on_use=True)
+        with native.use(session), pytest.raises(PoolTimeout):
+            await User.objects.acreate(name="Ada")
+        assert db.stats()["requests_errors"] == 1
+        lease.release()
+        await session.close()
+        await databases.close_all()
+
+
+async def test_an_unknown_alias_is_djangos_error() -> None:
+    async with databases["default"].get_session() as session, native.use(session):
+        with pytest.raises(UnknownAlias):
+            await User.objects.using("nowhere").acount()
+    await databases.close_all()
+
+
+async def test_code_that_touches_no_database_takes_no_connection() -> None:
+    db = databases["default"]
+    async with db.get_session() as session:
+        with native.use(session):
+            sessions = native.current()
+            assert sessions is not None
+            assert await sessions.run(lambda: 7) == 7
+    assert db.stats()["pool_size"] == 0
+    await databases.close_all()
+
+
+# What is left alone
+
+
+@pytest.mark.parametrize("within", [True, False])
+@pytest.mark.parametrize("autocommit", [True, False])
+async def test_djangos_housekeeping_does_not_touch_a_session(
+    db: DatabaseInterface, within: bool, autocommit: bool
+) -> None:
+    """Each request begins and ends with signals, on which Django closes old connections."""
+    alias = db.alias
+
+    def housekeeping() -> Any:
+        wrapper = connections[alias]
+        list(User.objects.using(alias).all())
+        server = wrapper.connection
+        wrapper.errors_occurred = True
+        request_started.send(None)
+        close_old_connections()
+        reset_queries()
+        request_finished.send(None)
+        assert wrapper.connection is server
+        return User.objects.using(alias).count()
+
+    async with db.get_session(autocommit=autocommit) as session:
+        if within:
+            with native.use(session):
+                assert await session.run_sync(housekeeping) == 0
+        else:
+            assert await session.run_sync(housekeeping) == 0
+
+
+async def test_a_users_blocking_function_keeps_its_thread(threads: list[str]) -> None:
+    db = databases["default"]
+
+    async def blocking() -> tuple[int, int]:
+        return await sync_to_async(lambda: (threading.get_ident(), _count_and_close()))()
+
+    async with db.get_session() as session, native.use(session):
+        await User.objects.acreate(name="not committed")
+        ident, seen = await blocking()
+    assert ident != threading.get_ident()
+    assert seen == 0
+    assert len(threads) == 1
+    await databases.close_all()
+
+
+def _count_and_close() -> int:
+    try:
+        return User.objects.count()
+    finally:
+        connection.close()
+
+
+@pytest.mark.parametrize("backend", ["locmem", "db"])
+async def test_only_the_cache_in_the_database_is_routed(backend: str, threads: list[str]) -> None:
+    places = {"locmem": "", "db": "tests_cache"}
+    entry = {
+        "BACKEND": f"django.core.cache.backends.{backend}."
+        + {"locmem": "LocMemCache", "db": "DatabaseCache"}[backend],
+        "LOCATION": places[backend],
+    }
+    with override_settings(CACHES={"default": entry}):
+        await sync_to_async(call_command)("createcachetable", verbosity=0)
+        threads.clear()
+        async with databases["default"].get_session() as session, native.use(session):
+            await caches["default"].aset("key", "value")
+            assert await caches["default"].aget("key") == "value"
+    assert bool(threads) is (backend == "locmem")
+    await databases.close_all()
+
+
+async def test_what_opts_out_keeps_its_thread(threads: list[str]) -> None:
+    @keep_thread
+    def kept() -> int:
+        return threading.get_ident()
+
+    class Kept:
+        @keep_thread
+        def method(self) -> int:
+            return threading.get_ident()
+
+    keep_thread(Kept)
+    async with databases["default"].get_session() as session, native.use(session):
+        for fn in (kept, Kept().method):
+            assert await query.sync_to_async(fn)() != threading.get_ident()  # type: ignore[attr-defined]
+        routed = query.sync_to_async(threading.get_ident)  # type: ignore[attr-defined]
+        assert await routed() == threading.get_ident()
+        hashing = query.sync_to_async(threading.get_ident, thread_sensitive=False)  # type: ignore[attr-defined]
+        assert await hashing() != threading.get_ident()
+    assert len(threads) == 3
+
+
+async def test_without_a_current_session_a_routed_function_is_djangos() -> None:
+    routed: Any = query.sync_to_async  # type: ignore[attr-defined]
+
+    @routed
+    def ident(first: int, *, second: int = 0) -> tuple[int, int, int]:
+        """What it is for."""
+        return first, second, threading.get_ident()
+
+    plain = sync_to_async(ident.func)
+    assert isinstance(ident, SyncToAsync) and iscoroutinefunction(ident)
+    assert (ident.__name__, ident.__doc__) == (plain.__name__, plain.__doc__)
+    assert vars(ident).keys() - vars(plain).keys() == {"applies"}
+    assert (await ident(1, second=2))[:2] == (1, 2)
+    assert (await ident(1))[2] == (await plain(1))[2] != threading.get_ident()
+    for wrong in (asyncio.sleep, 7):
+        with pytest.raises(TypeError, match="can only be applied to sync functions"):
+            routed(wrong)
+    with pytest.raises(TypeError, match="executor must not be set"):
+        routed(ident.func, executor=object())
+    assert (await routed(thread_sensitive=False)(threading.get_ident)()) != threading.get_ident()
+
+
+async def test_a_session_of_another_loop_is_not_current_here(threads: list[str]) -> None:
+    """Each thread with a loop has its own sessions, and neither sees the other's."""
+
+    async def other(entered: threading.Barrier) -> list[str]:
+        db = databases["default"]
+        async with db.get_session() as session, native.use(session):
+            name = threading.current_thread().name
+            await User.objects.acreate(name=name)
+            await asyncio.get_running_loop().run_in_executor(None, entered.wait, 10)
+            found = [u.name async for u in User.objects.all()]
+            await session.rollback()
+        await databases.close_all()
+        return found
+
+    barrier = threading.Barrier(2)
+    async with databases["default"].get_session() as session, native.use(session):
+        first, second = await asyncio.gather(
+            *(asyncio.to_thread(lambda: asyncio.run(other(barrier))) for _ in range(2))
+        )
+        assert len(first) == len(second) == 1 and first != second
+        await User.objects.acreate(name="here")
+        assert await User.objects.acount() == 1
+        await session.rollback()
+    assert threads == []
+    await databases.close_all()
+
+
+async def test_the_current_session_is_restored_by_value_and_ends_with_its_block() -> None:
+    db = databases["default"]
+    ended = asyncio.Event()
+
+    async def inherits() -> list[Any]:
+        before = native.current()
+        await ended.wait()
+        return [before, native.current()]
+
+    async with db.get_session() as outer, db.get_session() as inner:
+        with native.use(outer):
+            first = native.current()
+            with native.use(inner):
+                second = native.current()
+                task = asyncio.create_task(inherits())
+                await asyncio.sleep(0)
+            assert native.current() is first is not second
+        ended.set()
+        assert native.current() is None
+        assert await task == [second, None]
+
+
+# On and off
+
+
+def _names_of_django() -> dict[tuple[str, str], int]:
+    """Every name in every module of Django, and which object it names."""
+    modules = {n: m for n, m in sys.modules.items() if n.partition(".")[0] in ("django", "asgiref")}
+    found = {(n, name): id(value) for n, m in modules.items() for name, value in vars(m).items()}
+    found["BaseIterable", "_async_generator"] = id(query.BaseIterable._async_generator)  # type: ignore[attr-defined]
+    found["connections", "__class__"] = id(type(connections))
+    found["AsyncToSync", "__call__"] = id(AsyncToSync.__call__)
+    return found
+
+
+def test_uninstalling_restores_every_name() -> None:
+    native.install()
+    native.uninstall()
+    before = _names_of_django()
+    native.install()
+    changed = {key for key, value in _names_of_django().items() if before.get(key) != value}
+    assert ("django.db.models.query", "sync_to_async") in changed
+    assert {module for module, name in changed if name == "sync_to_async"} <= {
+        route.module for route in ROUTES
+    }
+    native.install()
+    native.uninstall()
+    assert _names_of_django() == before
+    assert not native.is_installed()
+
+
+@pytest.mark.parametrize("setting", [True, False])
+def test_only_the_setting_turns_it_on(setting: bool) -> None:
+    code = f"""
+import django, asgiref.sync
+from django.conf import settings
+settings.configure(
+    INSTALLED_APPS=["django_asyncsession"],
+    DATABASES={{"default": {{"ENGINE": "django.db.backends.sqlite3", "NAME": ":memory:"}}}},
+    ASYNC_SESSION={{"NATIVE_ORM": {setting}}},
+)
+import django_asyncsession, django_asyncsession.native
+from django.db.models import query
+from django.db.models.signals import post_save
+assert query.sync_to_async is asgiref.sync.sync_to_async
+django.setup()
+assert (query.sync_to_async is not asgiref.sync.sync_to_async) is {setting}
+assert django_asyncsession.native.is_installed() is {setting}
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+async def test_using_a_session_while_native_mode_is_off_is_refused() -> None:
+    with override_settings(ASYNC_SESSION={}), pytest.raises(ConfigurationError, match="NATIVE_ORM"):
+        native.use(databases["default"].get_session())
+
+
+def test_a_version_of_django_that_was_not_verified_is_reported(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert checks.check_native_version() == []
+    monkeypatch.setattr(django, "VERSION", (9, 1, 0, "final", 0))
+    assert [m.id for m in checks.check_native_version()] == ["django_asyncsession.W112"]
+    with override_settings(ASYNC_SESSION={}):
+        assert checks.check_native_version() == []
+
+
+def test_every_routed_module_says_why_it_is_safe() -> None:
+    assert all(route.why for route in ROUTES)
+    assert len({route.module for route in ROUTES}) == len(ROUTES)
