@@ -14,6 +14,10 @@ DEFAULTS: Final[Mapping[str, Any]] = {
     "ATOMIC_REQUESTS": True,
     # True: Django's own aget(), asave(), async for ... run in the request's session.
     "NATIVE_ORM": False,
+    # True: sync parts of Django's own middleware, and sync views, run without a thread too.
+    "NATIVE_MIDDLEWARE": False,
+    # Seconds after which sync code of native mode that did not await is logged; None logs none.
+    "LOOP_BLOCK_WARNING_SECONDS": None,
     # Pool options by alias, with psycopg_pool's names: {"default": {"max_size": 20}}.
     "POOLS": {},
     # True: sessions put SQLite database files into WAL mode, where readers and a writer do not

@@ -8,8 +8,8 @@ connection; everywhere else it does what Django does.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import ExitStack, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from importlib import import_module
 from itertools import islice
 from typing import Any
@@ -22,7 +22,8 @@ from django.dispatch import dispatcher
 from . import bridge
 from .conf import settings
 from .exceptions import ConfigurationError, SessionClosedError
-from .routes import ROUTES, keeps_thread
+from .interface import databases
+from .routes import ROUTES, Route, keeps_thread
 from .session import Session
 from .sessionset import SessionSet, current, current_call, is_enclosed
 
@@ -30,29 +31,41 @@ from .sessionset import SessionSet, current, current_call, is_enclosed
 class RoutedCall(SyncToAsync[..., Any]):
     """What Django makes of a sync function, with one more place to run it: the current session."""
 
-    applies: Callable[[Any], bool]
+    route: Route
 
     async def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the function in the current sessions, or else in a thread as Django does."""
-        sessions = current()
-        if sessions is None or not self._may_be_routed():
-            return await super().__call__(*args, **kwargs)
-        return await sessions.run(self.func, *args, **kwargs)
-
-    def _may_be_routed(self) -> bool:
         # What Django itself sends to any thread (hashing a password) computes, and asks no
         # database.
-        return self._thread_sensitive and self.applies(self.func) and not keeps_thread(self.func)
+        if self._thread_sensitive and not keeps_thread(self.func):
+            sessions = current()
+            if sessions is not None and self.route.applies(self.func):
+                return await sessions.run(self.func, *args, **kwargs)
+            if sessions is None and self.route.outside(self.func):
+                with _by_itself() as sessions:
+                    return await sessions.run(self.func, *args, **kwargs)
+        return await super().__call__(*args, **kwargs)
 
 
-def _routed(applies: Callable[[Any], bool]) -> Callable[..., Any]:
+@contextmanager
+def _by_itself() -> Iterator[SessionSet]:
+    """Sessions for what is outside of any request's: each statement commits by itself."""
+    session = databases[settings.ALIAS].get_session(autocommit=True, begin_on_use=True)
+    sessions = SessionSet(session, keep_others=False)
+    try:
+        yield sessions
+    finally:
+        sessions.end()
+
+
+def _routed(route: Route) -> Callable[..., Any]:
     """A `sync_to_async` for one module."""
 
     def sync_to_async(func: Any = None, **options: Any) -> Any:
         if func is None:
             return lambda fn: sync_to_async(fn, **options)
         call = RoutedCall(func, **options)
-        call.applies = applies
+        call.route = route
         return call
 
     return sync_to_async
@@ -175,7 +188,7 @@ def install() -> None:
         if route.is_wanted:
             module = import_module(route.module)
             if hasattr(module, "sync_to_async"):
-                _replace(module, "sync_to_async", _routed(route.applies))
+                _replace(module, "sync_to_async", _routed(route))
     _replace(BaseIterable, "_async_generator", _async_generator)
     _replace(transaction, "on_commit", _on_commit)
     _replace(AsyncToSync, "__call__", _await_in_bridge)

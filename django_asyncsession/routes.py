@@ -9,6 +9,13 @@ from typing import Any
 
 import django
 from django.apps import apps
+from django.core.handlers.exception import convert_exception_to_response
+from django.core.signals import request_finished, request_started
+from django.http import HttpResponse
+from django.http.response import HttpResponseBase
+from django.template.response import SimpleTemplateResponse
+
+from .conf import settings
 
 # The versions of Django whose modules were read, and whose own tests of async code pass.
 VERIFIED = {(5, 2), (6, 0), (6, 1)}
@@ -22,11 +29,14 @@ class Route:
         module: its name.
         why: why what it runs in a thread may run on the event loop's thread instead.
         applies: for modules where this depends on what is called.
+        outside: for what also has no thread where there is no current session: each statement
+            commits by itself there.
     """
 
     module: str
     why: str
     applies: Callable[[Any], bool] = lambda fn: True
+    outside: Callable[[Any], bool] = lambda fn: False
 
     @property
     def is_wanted(self) -> bool:
@@ -72,12 +82,53 @@ def _is_of_database_cache(fn: Any) -> bool:
     return _belongs_to(fn, BaseDatabaseCache)
 
 
-def _is_middleware_of_database_sessions(fn: Any) -> bool:
-    from django.contrib.sessions.backends.db import SessionStore
+def _is_part_of_middleware(fn: Any) -> bool:
+    """The sync parts of Django's own middleware; with NATIVE_MIDDLEWARE, but for sessions in the
+    database: those are saved with what the request's transaction made."""
+    from django.contrib.sessions.backends import db, signed_cookies
     from django.contrib.sessions.middleware import SessionMiddleware
 
     owner = getattr(fn, "__self__", None)
-    return isinstance(owner, SessionMiddleware) and issubclass(owner.SessionStore, SessionStore)
+    names = {f"{cls.__module__}.{cls.__qualname__}" for cls in type(owner).__mro__}
+    if not isinstance(owner, SessionMiddleware):
+        return bool(settings.NATIVE_MIDDLEWARE and names & MIDDLEWARE.keys())
+    if issubclass(owner.SessionStore, db.SessionStore):
+        return True
+    in_cookies = issubclass(owner.SessionStore, signed_cookies.SessionStore)
+    return bool(settings.NATIVE_MIDDLEWARE and in_cookies)
+
+
+def _is_run_by_handler(fn: Any) -> bool:
+    """The rendering of a template response; with NATIVE_MIDDLEWARE sync views too, and what
+    Django's own middleware does around them."""
+    owner, name = getattr(fn, "__self__", None), getattr(fn, "__name__", "")
+    if isinstance(owner, SimpleTemplateResponse):
+        return True
+    if name in ("process_view", "process_template_response"):
+        return _is_part_of_middleware(fn)
+    is_whole_middleware = getattr(fn, "__code__", None) is _HANDLER_OF_MIDDLEWARE
+    return bool(settings.NATIVE_MIDDLEWARE) and not is_whole_middleware
+
+
+# What a sync-only middleware of any origin becomes: it has the rest of the request inside.
+_HANDLER_OF_MIDDLEWARE = convert_exception_to_response(lambda request: HttpResponse()).__code__
+
+
+def _ends_response(fn: Any) -> bool:
+    """`HttpResponse.close`, which closes uploaded files and tells the receivers of
+    `request_finished`."""
+    return bool(settings.NATIVE_MIDDLEWARE) and isinstance(
+        getattr(fn, "__self__", None), HttpResponseBase
+    )
+
+
+def _is_signal_of_request(fn: Any) -> bool:
+    """The receivers of the signals at the begin and the end of a request."""
+    if not settings.NATIVE_MIDDLEWARE:
+        return False
+    cells = zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True)
+    signal = next((cell.cell_contents for name, cell in cells if name == "self"), None)
+    return signal in (request_started, request_finished)
 
 
 def _belongs_to(fn: Any, cls: type) -> bool:
@@ -117,11 +168,50 @@ ROUTES = (
     ),
     Route(
         "django.dispatch.dispatcher",
-        "calls sync receivers, which save() and its kin call in the session as well",
+        "calls sync receivers, which save() and its kin call in the session as well; with "
+        "NATIVE_MIDDLEWARE also those of a request's begin and end, where Django closes files and "
+        "old connections",
+        outside=_is_signal_of_request,
     ),
     Route(
         "django.utils.deprecation",
-        "the session's middleware, which saves what the request's transaction has made",
-        applies=_is_middleware_of_database_sessions,
+        "parts of Django's own middleware: see MIDDLEWARE; those of other packages keep their "
+        "thread",
+        applies=_is_part_of_middleware,
+    ),
+    Route(
+        "django.core.handlers.base",
+        "renders template responses, and with NATIVE_MIDDLEWARE runs sync views; a view that waits "
+        "for something else than the database opts out with @keep_thread",
+        applies=_is_run_by_handler,
+    ),
+    Route(
+        "django.core.handlers.asgi",
+        "closes responses, with NATIVE_MIDDLEWARE; files that are uploaded or sent keep their "
+        "thread",
+        applies=_ends_response,
+        outside=_ends_response,
     ),
 )
+
+# Django's own middleware whose sync parts run without a thread with NATIVE_MIDDLEWARE, and what
+# they wait for. Not those of the cache, which may be on another server, nor the one that mails.
+MIDDLEWARE = {
+    "django.contrib.sessions.middleware.SessionMiddleware": "the database, or nothing",
+    "django.contrib.auth.middleware.AuthenticationMiddleware": "nothing: the user is loaded later",
+    "django.contrib.auth.middleware.LoginRequiredMiddleware": "the database",
+    "django.contrib.auth.middleware.RemoteUserMiddleware": "the database",
+    "django.contrib.messages.middleware.MessageMiddleware": "nothing: messages go to the session",
+    "django.contrib.flatpages.middleware.FlatpageFallbackMiddleware": "the database",
+    "django.contrib.redirects.middleware.RedirectFallbackMiddleware": "the database",
+    "django.contrib.sites.middleware.CurrentSiteMiddleware": "the database",
+    "django.contrib.admindocs.middleware.XViewMiddleware": "nothing",
+    "django.middleware.clickjacking.XFrameOptionsMiddleware": "nothing",
+    "django.middleware.common.CommonMiddleware": "nothing",
+    "django.middleware.csp.ContentSecurityPolicyMiddleware": "nothing",
+    "django.middleware.csrf.CsrfViewMiddleware": "nothing",
+    "django.middleware.gzip.GZipMiddleware": "nothing: it computes",
+    "django.middleware.http.ConditionalGetMiddleware": "nothing: it computes",
+    "django.middleware.locale.LocaleMiddleware": "nothing",
+    "django.middleware.security.SecurityMiddleware": "nothing",
+}

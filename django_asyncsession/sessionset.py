@@ -5,9 +5,13 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import inspect
 import logging
+import time
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from typing import Any, ParamSpec, TypeVar, cast
 
 from django.db import connections
@@ -15,6 +19,7 @@ from greenlet import getcurrent, greenlet
 
 from . import bridge
 from .backends.base import BridgedMixin
+from .conf import settings
 from .exceptions import SessionClosedError, SessionInUseError
 from .interface import databases
 from .pool import task_name
@@ -55,6 +60,7 @@ class SessionSet:
         self._autocommit = main.autocommit if keep_others else True
         self._loop: asyncio.AbstractEventLoop | None = _running_loop()
         self._ended = False
+        self.block_warning: float | None = settings.LOOP_BLOCK_WARNING_SECONDS
         # Which task has the connection of an alias, and which alias a task waits for.
         self._holders: dict[str, asyncio.Task[Any] | None] = {}
         self._wanted: dict[asyncio.Task[Any] | None, str] = {}
@@ -126,10 +132,11 @@ class SessionSet:
         self, fn: Callable[..., T], args: Any, kwargs: Any, runners: Mapping[str, Runner] = NONE
     ) -> T:
         call = Call(self, runners)
+        call.function = args[1] if fn is _take else fn
         outer = call.outer
         _enclosing.set(call)
         try:
-            return cast(T, call.go_on(call.switch(fn, args, kwargs)))
+            return cast(T, call.go_on(call.resume(fn, args, kwargs)))
         finally:
             _enclosing.set(outer)
             call.end()
@@ -165,7 +172,7 @@ class SessionSet:
         wrapper: Any = connections[alias]
         try:
             with self._held(alias, call.task), call.using(wrapper):
-                return call.go_on(call.switch(wrapper))
+                return call.go_on(call.resume(wrapper))
         finally:
             del call
 
@@ -314,15 +321,33 @@ class Call(bridge._Bridge):
         # The same context object, not a copy: what the code sets, the caller sees.
         self.gr_context = getcurrent().gr_context
         self.sessions = sessions
+        self.function: Any = None
         # What serves the connection of an alias, where it is not the session's own choice.
         self.runners = runners
         self.task = asyncio.current_task()
         self.wrappers: dict[str, BridgedMixin] = {}
         self.entered: set[str] = set()
         self.failed: dict[str, BaseException] = {}
-        self._borrowed: list[tuple[BridgedMixin, object]] = []
+        self._borrowed: list[tuple[BridgedMixin, weakref.ref[greenlet] | None]] = []
         outer = _enclosing.get()
         self.outer = outer if outer is not None and outer.task is self.task else None
+
+    def resume(self, *value: Any) -> Any:
+        """Run the code until it hands something out, and log it when that took too long."""
+        limit = self.sessions.block_warning
+        if limit is None:
+            return self.switch(*value)
+        started = time.monotonic()
+        try:
+            return self.switch(*value)
+        finally:
+            if (seconds := time.monotonic() - started) > limit:
+                logger.warning(
+                    "%s blocked the event loop for %.3f s; let it keep its thread with "
+                    "@keep_thread, or let it wait with async code",
+                    _described(self.function),
+                    seconds,
+                )
 
     def connection(self, alias: str) -> Any:
         """The connection of an alias; called in this greenlet, where the code uses
@@ -347,7 +372,7 @@ class Call(bridge._Bridge):
             wrapper = outer.wrappers.get(alias)
             if wrapper is not None and outer.sessions is self.sessions:
                 self._borrowed.append((wrapper, wrapper.serving))
-                wrapper.serving = self
+                wrapper.serving = weakref.ref(self)
                 self.wrappers[alias] = wrapper
                 return wrapper
             outer = outer.outer
@@ -361,13 +386,14 @@ class Call(bridge._Bridge):
         self._borrowed.clear()
         self.wrappers.clear()
         self.failed.clear()
+        self.function = None
 
     @contextmanager
     def using(self, wrapper: BridgedMixin) -> Iterator[None]:
         """Let the code of this greenlet use a connection that is served to the one it runs
         below."""
         outer = wrapper.serving
-        wrapper.serving = self
+        wrapper.serving = weakref.ref(self)
         self.wrappers[wrapper.alias] = wrapper
         self.parent = getcurrent()
         try:
@@ -393,11 +419,19 @@ class Call(bridge._Bridge):
                     self.closing = getcurrent().closing  # type: ignore[attr-defined]
                     outcome = self.throw(error)
                 else:
-                    outcome = self.switch(value)
+                    outcome = self.resume(value)
             return outcome
         finally:
             outcome = value = None
             del self
+
+
+def _described(fn: Any) -> str:
+    """Module and name of a function, of the one inside when it is decorated."""
+    while isinstance(fn, partial):
+        fn = fn.func
+    fn = inspect.unwrap(fn)
+    return f"{getattr(fn, '__module__', '?')}.{getattr(fn, '__qualname__', repr(fn))}"
 
 
 def current() -> SessionSet | None:

@@ -595,7 +595,7 @@ async def test_without_a_current_session_a_routed_function_is_djangos() -> None:
     plain = sync_to_async(ident.func)
     assert isinstance(ident, SyncToAsync) and iscoroutinefunction(ident)
     assert (ident.__name__, ident.__doc__) == (plain.__name__, plain.__doc__)
-    assert vars(ident).keys() - vars(plain).keys() == {"applies"}
+    assert vars(ident).keys() - vars(plain).keys() == {"route"}
     assert (await ident(1, second=2))[:2] == (1, 2)
     assert (await ident(1))[2] == (await plain(1))[2] != threading.get_ident()
     for wrong in (asyncio.sleep, 7):

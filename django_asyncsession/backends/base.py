@@ -158,7 +158,7 @@ class WatchedCursorMixin(CursorWrapper if TYPE_CHECKING else object):  # type: i
     def close(self) -> None:
         # A generator that is dropped closes its cursor wherever that happens, where nothing can be
         # awaited: the cursor ends with its transaction anyway.
-        if self.__dict__.get("lease") is self.db.lease and self.db.serving is getcurrent():
+        if self.__dict__.get("lease") is self.db.lease and self.db.is_served_here:
             self.cursor.close()
         else:
             self.db.forget_cursor(self)
@@ -271,13 +271,18 @@ class BridgedMixin(_Wrapper):
             params[name] = _secret(params[name])
         return params
 
+    @property
+    def is_served_here(self) -> bool:
+        """Whether this is the sync code of the session that leased the connection."""
+        return self.serving is not None and self.serving() is getcurrent()
+
     def check_served(self) -> None:
         """Refuse to use a pooled connection anywhere but in the call of the session that leased it.
 
         Raises:
             SessionClosedError: a stale handle, or a call outside the bridge.
         """
-        if self.pooled and (self.serving is None or self.serving() is not getcurrent()):
+        if self.pooled and not self.is_served_here:
             raise SessionClosedError(
                 f"a connection of {self.alias!r} is used outside the session that leased it; "
                 "use session.run_sync() while the session is open"

@@ -1,0 +1,216 @@
+"""Native mode for sync views and Django's own middleware: no thread, and the same results."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+import pytest
+from django.contrib import admin, messages
+from django.contrib.auth.models import User as Account
+from django.core.handlers.asgi import ASGIHandler
+from django.db import connection
+from django.http import Http404, HttpRequest, HttpResponse, StreamingHttpResponse
+from django.template import engines
+from django.template.response import TemplateResponse
+from django.test import override_settings
+from django.urls import path
+from django.utils.deprecation import MiddlewareMixin
+from django.views import View
+from django.views.decorators.csrf import csrf_exempt
+
+from django_asyncsession import databases, keep_thread
+from tests.models import User
+
+MIDDLEWARE = [
+    "django_asyncsession.middleware.AsyncSessionMiddleware",
+    "django.middleware.security.SecurityMiddleware",
+    "django.contrib.sessions.middleware.SessionMiddleware",
+    "django.middleware.common.CommonMiddleware",
+    "django.middleware.csrf.CsrfViewMiddleware",
+    "django.contrib.auth.middleware.AuthenticationMiddleware",
+    "django.contrib.messages.middleware.MessageMiddleware",
+    "django.middleware.clickjacking.XFrameOptionsMiddleware",
+]
+NATIVE = {"NATIVE_ORM": True, "NATIVE_MIDDLEWARE": True}
+pytestmark = pytest.mark.usefixtures("empty_tables")
+
+
+def ident(request: HttpRequest) -> HttpResponse:
+    return HttpResponse(str(threading.get_ident()))
+
+
+@csrf_exempt
+def create(request: HttpRequest) -> HttpResponse:
+    User.objects.create(name=request.POST["name"])
+    messages.success(request, f"{request.POST['name']} is saved")
+    if "fail" in request.POST:
+        raise ValueError("after the insert")
+    return HttpResponse(str(User.objects.count()))
+
+
+def told(request: HttpRequest) -> HttpResponse:
+    return HttpResponse(", ".join(str(m) for m in messages.get_messages(request)))
+
+
+async def acreate(request: HttpRequest) -> HttpResponse:
+    await User.objects.acreate(name="async")
+    return HttpResponse(str(await User.objects.acount()))
+
+
+async def stream(request: HttpRequest) -> StreamingHttpResponse:
+    async def body() -> AsyncIterator[str]:
+        async for user in User.objects.order_by("pk").aiterator(chunk_size=2):
+            yield f"{user.name};"
+
+    return StreamingHttpResponse(body())
+
+
+async def lazy(request: HttpRequest) -> TemplateResponse:
+    template = engines["django"].from_string("{% for u in users %}{{ u.name }}{% endfor %}")
+    await User.objects.acreate(name="not committed yet")
+    return TemplateResponse(request, template, {"users": User.objects.all()})
+
+
+@keep_thread
+def kept(request: HttpRequest) -> HttpResponse:
+    return ident(request)
+
+
+@keep_thread
+class Kept(View):
+    def get(self, request: HttpRequest) -> HttpResponse:
+        return ident(request)
+
+
+def blocks(request: HttpRequest) -> HttpResponse:
+    time.sleep(0.05)
+    return HttpResponse("ok")
+
+
+def missing(request: HttpRequest) -> HttpResponse:
+    raise Http404("nothing here")
+
+
+views = (create, told, acreate, stream, lazy, kept, blocks, missing, ident)
+urlpatterns = [
+    path("admin/", admin.site.urls),
+    path("kept-class/", Kept.as_view()),
+    *(path(f"{view.__name__}/", view) for view in views),
+]
+
+
+class Foreign(MiddlewareMixin):
+    """Middleware of another package, which may wait for whatever it likes."""
+
+    def process_request(self, request: HttpRequest) -> None:
+        request.META["foreign"] = threading.get_ident()
+
+    def process_response(self, request: HttpRequest, response: HttpResponse) -> HttpResponse:
+        response["foreign"] = str(request.META["foreign"])
+        return response
+
+
+def sync_only(get_response: Any) -> Any:
+    """Middleware that knows nothing of async."""
+
+    def middleware(request: HttpRequest) -> HttpResponse:
+        here = threading.get_ident()
+        response: HttpResponse = get_response(request)
+        response["sync-only"] = str(here)
+        return response
+
+    return middleware
+
+
+@pytest.fixture(autouse=True)
+def shared() -> Iterator[None]:
+    with override_settings(
+        ROOT_URLCONF=__name__,
+        MIDDLEWARE=MIDDLEWARE,
+        ALLOWED_HOSTS=["test"],
+        ASYNC_SESSION=NATIVE,
+    ):
+        yield
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the threads that were started."""
+    names: list[str] = []
+    start = threading.Thread.start
+
+    def note(self: threading.Thread) -> None:
+        names.append(self.name)
+        start(self)
+
+    monkeypatch.setattr(threading.Thread, "start", note)
+    return names
+
+
+@asynccontextmanager
+async def visitor(**settings: Any) -> AsyncIterator[httpx.AsyncClient]:
+    """A browser of the project's ASGI application, served with these further settings."""
+    with override_settings(**settings):
+        transport = httpx.ASGITransport(ASGIHandler(), raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            yield client
+    await databases.close_all()
+
+
+def an_admin() -> None:
+    Account.objects.create_superuser("ada", password="secret")
+    connection.close()
+
+
+async def log_in(client: httpx.AsyncClient) -> None:
+    form = {"username": "ada", "password": "secret", "next": "/admin/"}
+    response = await client.post("/admin/login/", data=await with_token(client, form))
+    assert response.status_code == 302, response.text
+
+
+async def with_token(client: httpx.AsyncClient, form: dict[str, str]) -> dict[str, str]:
+    if "csrftoken" not in client.cookies:
+        await client.get("/admin/login/")
+    return {**form, "csrfmiddlewaretoken": client.cookies["csrftoken"]}
+
+
+async def browse(client: httpx.AsyncClient, rounds: int) -> list[tuple[int, str]]:
+    """Mixed requests, ten in a round, and what they gave."""
+    got: list[tuple[int, str]] = []
+
+    async def note(request: Any, pattern: str = ".*") -> None:
+        response: httpx.Response = await request
+        found = re.search(pattern, response.text, re.DOTALL)
+        got.append((response.status_code, found[0] if found else response.text))
+
+    for number in range(rounds):
+        group = await with_token(client, {"name": f"group {number}"})
+        await note(client.get("/admin/"), "Site administration")
+        await note(client.post("/admin/auth/group/add/", data=group))
+        await note(client.get("/admin/auth/group/"), r"\d+ groups?")
+        await note(client.get("/admin/auth/user/"), r"\d+ user")
+        await note(client.post("/create/", data={"name": f"sync {number}"}))
+        await note(client.get("/told/"))
+        await note(client.get("/acreate/"))
+        await note(client.get("/stream/"))
+        await note(client.get("/lazy/"))
+        await note(client.get("/admin/jsi18n/"), "django")
+    return got
+
+
+async def test_200_mixed_requests_start_no_thread(started: list[str]) -> None:
+    await asyncio.to_thread(an_admin)
+    async with visitor() as client:
+        started.clear()
+        await log_in(client)
+        got = await browse(client, rounds=20)
+        assert started == []
+    assert {status for status, _ in got} == {200, 302}
+    assert got[4:6] == [(200, "1"), (200, "sync 0 is saved")]
