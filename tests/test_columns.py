@@ -26,6 +26,7 @@ from django.db.models.functions import Coalesce, Lower, Upper
 
 from django_asyncsession import Column, Condition, Session, table
 from tests.models import Author, Book, Ranges, Tag, User, Values
+from tests.names import name_of
 
 users, books, authors, tags, docs = map(table, (User, Book, Author, Tag, Values))
 
@@ -94,7 +95,7 @@ async def people(session: Session) -> Session:
         (Q() & (users.level == 1), ["ada"]),
         (~Q(level__gt=1) & (users.name == "ada"), ["ada"]),
     ],
-    ids=str,
+    ids=name_of,
 )
 async def test_each_operator_chooses_the_rows_that_it_says(
     people: Session, condition: Condition, expected: list[str]
@@ -252,7 +253,7 @@ async def library(session: Session) -> Session:
         (books.updated.year > 2000, {"one", "two"}),
         (books.updated.date.year.gt(2000), {"one", "two"}),
     ],
-    ids=lambda value: " ".join(sorted(value)) if isinstance(value, set) else str(value),
+    ids=name_of,
 )
 async def test_relations_are_followed_by_attribute(
     library: Session, condition: Condition, expected: set[str]
@@ -322,7 +323,7 @@ async def test_a_comparison_of_the_model_class_is_refused(session: Session) -> N
         (docs.data == None, {"none"}),  # noqa: E711
         (docs.data["'; DROP TABLE tests_values; --"] == 1, set()),
     ],
-    ids=str,
+    ids=name_of,
 )
 async def test_json_paths(session: Session, condition: Condition, expected: set[str]) -> None:
     await session.insert.rows(

@@ -20,6 +20,7 @@ from django.utils.translation import gettext_lazy
 from django_asyncsession import DatabaseInterface, databases
 from tests.faults import outcome_of
 from tests.models import Values
+from tests.names import name_of
 
 EAST = datetime.timezone(datetime.timedelta(hours=5, minutes=30))
 
@@ -114,7 +115,7 @@ def same(found: Any, expected: Any) -> bool:
     return type(found) is type(expected) and found == expected
 
 
-@pytest.mark.parametrize("name, value", VALUES, ids=lambda value: str(value)[:20] or "empty")
+@pytest.mark.parametrize("name, value", VALUES, ids=lambda value: name_of(value)[:20] or "empty")
 async def test_a_value_round_trips_as_in_sync_code(
     db: DatabaseInterface, name: str, value: Any
 ) -> None:
@@ -146,7 +147,7 @@ WRONG: list[tuple[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("name, value", WRONG, ids=lambda value: repr(value)[:20])
+@pytest.mark.parametrize("name, value", WRONG, ids=lambda value: name_of(value)[:20] or "empty")
 async def test_a_value_that_cannot_be_saved_is_refused_as_in_sync_code(
     db: DatabaseInterface, name: str, value: Any
 ) -> None:
