@@ -420,8 +420,7 @@ class Session:
     async def execute_many(
         self, sql: Any, param_list: Iterable[Sequence[Any] | dict[str, Any]]
     ) -> int:
-        """Run one statement once for each set of values, for all or for none; return how many rows
-        it touched in all.
+        """Run one statement once for each set of values; return how many rows it touched in all.
 
         Raises:
             As `execute`.
@@ -430,15 +429,10 @@ class Session:
 
         def execute_many(transaction: Transaction) -> int:
             with transaction._wrapper.cursor() as cursor:
-                try:
-                    cursor.executemany(sql, list(param_list))
-                except Exception as exc:
-                    # An error of the driver itself leaves the rows before it.
-                    transaction._doom(exc)
-                    raise
+                cursor.executemany(sql, list(param_list))
                 return int(cursor.rowcount)
 
-        async with self.hold() as transaction:
+        async with self._working() as transaction:
             return await transaction.run(execute_many, transaction)
 
     async def execute_script(self, sql: str) -> None:

@@ -28,6 +28,7 @@ from django.db import (
     connections,
     transaction,
 )
+from django.db.backends.signals import connection_created
 from django.db.models import Avg, Count, F, Max, OuterRef, Q, Subquery, Value
 from django.db.models.functions import Coalesce, Concat, Lower, Now, TruncMonth, Upper
 from django.db.utils import load_backend
@@ -188,6 +189,10 @@ def _by_drivers_cursor(statement: str) -> None:
         cursor.connection.execute(statement)
 
 
+def _by_drivers_own_cursor(statement: str) -> None:
+    connections["own"].connection.cursor().execute(statement)
+
+
 def _by_procedure(statement: str) -> None:
     with connections["own"].cursor() as cursor:
         cursor.callproc("set_config", ["search_path", "pg_catalog", False])
@@ -205,6 +210,7 @@ def _by_stream(statement: str) -> None:
         _by_many,
         _by_drivers_connection,
         _by_drivers_cursor,
+        _by_drivers_own_cursor,
         _by_procedure,
         _by_stream,
     ],
@@ -418,7 +424,8 @@ async def test_djangos_options_hold_also_after_a_reset() -> None:
 @pytest.mark.parametrize("engine", ["tests.thirdparty", "django_asyncsession.backends.postgresql"])
 async def test_an_engine_of_ones_own_is_bridged(engine: str) -> None:
     db = DatabaseInterface("own", entry(ENGINE=engine))
-    async with db, db.get_session() as session:
+    await db.connect()
+    async with db.get_session() as session:
         wrapper: Any = await session.run_sync(lambda: connections["own"])
         assert isinstance(wrapper, BridgedMixin)
         assert isinstance(wrapper, load_backend(engine).DatabaseWrapper)
@@ -428,6 +435,30 @@ async def test_an_engine_of_ones_own_is_bridged(engine: str) -> None:
         async with LoopProbe() as probe:
             await session.execute("SELECT pg_sleep(0.2)")
         assert probe.worst < 0.1
+        await session.execute("SET third.party = 'gone'")
+    if engine == "tests.thirdparty":
+        async with db, db.get_session() as session:
+            assert await session.fetch_value("SHOW third.party") == "was here"
+
+
+async def test_what_a_receiver_of_connection_created_sets_every_session_has(
+    db: DatabaseInterface,
+) -> None:
+    def receive(connection: Any, **kwargs: Any) -> None:
+        if connection.alias == "own":
+            with connection.cursor() as cursor:
+                cursor.execute("SET statement_timeout = '77s'")
+
+    connection_created.connect(receive)
+    try:
+        seen = []
+        for statement in ("SELECT 1", "SET statement_timeout = '1s'", "SET ROLE pg_monitor"):
+            async with db.get_session() as session:
+                seen.append(await session.fetch_value("SHOW statement_timeout"))
+                await session.execute(statement)
+        assert seen == ["77s"] * 3 and db.stats()["connections_num"] == 1
+    finally:
+        connection_created.disconnect(receive)
 
 
 def test_our_engine_works_in_sync_code() -> None:
@@ -701,6 +732,57 @@ async def test_a_stopped_server_process_is_replaced_while_it_is_still_stopped(
         assert took.seconds < CANCEL_BUDGET + 0.5
     finally:
         os.kill(pid, signal.SIGCONT)
+
+
+async def test_closing_the_pool_cuts_who_still_uses_it_also_when_close_is_cancelled(
+    name: str,
+) -> None:
+    for cancelled in (False, True):
+        async with interface(name, pool_max_size=3) as db:
+
+            async def use(db: DatabaseInterface = db) -> None:
+                async with db.get_session() as session:
+                    await session.execute("SELECT pg_sleep(60)")
+
+            users = [asyncio.create_task(outcome_of(use())) for _ in range(6)]
+            while sessions_of(name, "state = 'active'") < 3:
+                await asyncio.sleep(0.01)
+            closing = asyncio.create_task(db.close(grace=0.2))
+            await asyncio.sleep(0.1)
+            if cancelled:
+                closing.cancel()
+            await outcome_of(closing)
+            with Elapsed() as took:
+                outcomes = await asyncio.gather(*users)
+            assert took.seconds < 1
+            assert all(isinstance(outcome, OperationalError) for outcome in outcomes), outcomes
+            assert await gone(name, CANCEL_BUDGET)
+
+
+@pytest.mark.parametrize("pause", range(4))
+async def test_cancelled_again_after_every_step_it_ends_in_time_and_the_pool_is_whole(
+    db: DatabaseInterface, name: str, pause: int, empty_tables: None
+) -> None:
+    async def insert() -> None:
+        async with db.get_session() as session, session.begin_nested():
+            await session.execute("INSERT INTO tests_user (name, level) VALUES ('x', 1)")
+            await session.execute("SELECT pg_sleep(60)")
+
+    await db.ping()
+    task = asyncio.create_task(insert())
+    for _ in range(pause * 3):
+        await asyncio.sleep(0)
+    if pause == 3:
+        while not sessions_of(name, "query LIKE '%%pg_sleep%%' AND state = 'active'"):
+            await asyncio.sleep(0.01)
+    with Elapsed() as took:
+        while not task.done():
+            task.cancel()
+            await asyncio.sleep(0)
+    assert isinstance(await outcome_of(task), asyncio.CancelledError)
+    assert took.seconds < CANCEL_BUDGET
+    await assert_whole(db, name)
+    assert ask("SELECT count(*) FROM tests_user") == [(0,)]
 
 
 # Nobody resumes it

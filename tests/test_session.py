@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 from django.db import DatabaseError, IntegrityError, InterfaceError
-from django.db.transaction import TransactionManagementError
 
 from django_asyncsession import (
     ConfigurationError,
@@ -351,21 +350,6 @@ async def test_rows_touched_are_told(db: DatabaseInterface) -> None:
         assert await session.execute("DELETE FROM tests_user WHERE name = %(n)s", {"n": "x"}) == 0
         assert await session.execute_many(INSERT, []) in (0, -1)
         assert await session.fetch_value(COUNT) == 4
-
-
-@pytest.mark.parametrize("autocommit", [False, True])
-async def test_execute_many_is_for_all_or_for_none(db: DatabaseInterface, autocommit: bool) -> None:
-    session = await db.get_session(autocommit=autocommit).begin()
-    with pytest.raises(DatabaseError):
-        await session.execute_many(INSERT, [["a"], ["b"], ["too", "many"]])
-    if not autocommit:
-        with pytest.raises(TransactionManagementError):
-            await session.execute(INSERT, ["c"])
-        with pytest.raises(TransactionManagementError, match="swallowed"):
-            await session.commit()
-    await session.close()
-    assert await names(db) == []
-    await whole(db)
 
 
 async def test_a_script_runs_all_its_statements_in_the_transaction(db: DatabaseInterface) -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from django.core.exceptions import ImproperlyConfigured
 from django.db import connections
+from django.db.backends.signals import connection_created
 from django.db.backends.utils import CursorWrapper
 from django.db.transaction import TransactionManagementError
 from django.db.utils import DatabaseErrorWrapper, Error, OperationalError, load_backend
@@ -236,6 +237,8 @@ class BridgedMixin(_Wrapper):
     dead = False
     # What carried over from the last lease must be reset before the next.
     touched = False
+    # An engine's `init_connection_state`, or a receiver of `connection_created`, set something too.
+    set_up_touches = False
     _opening = False
     _savepoint_name: str | None = None
 
@@ -250,7 +253,13 @@ class BridgedMixin(_Wrapper):
         finally:
             self._opening = False
         # What was set while connecting is what every lease begins with.
-        self.touched = False
+        self.set_up_touches, self.touched = self.touched, False
+
+    def set_up_again(self) -> None:
+        """After a reset, what connecting has set by SQL of a project's or a third party's own;
+        called in the bridge."""
+        self.init_connection_state()
+        connection_created.send(sender=type(self), connection=self)
 
     @cached_property
     def wrap_database_errors(self) -> Errors:

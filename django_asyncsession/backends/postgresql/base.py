@@ -8,7 +8,7 @@ import contextlib
 import os
 import socket
 import weakref
-from collections.abc import Awaitable, Generator
+from collections.abc import Awaitable, Generator, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import psycopg
@@ -60,6 +60,9 @@ class Connection(psycopg.Connection[Any]):
         # A transaction was seen on the server; it was ended by SQL that is not ours.
         self.began = self.left_by_sql = False
         self._farewell: Farewell | None = None
+        # A call waits in the bridge; the number of its socket, kept when the socket was closed.
+        self._waiting = False
+        self._kept: int | None = None
 
     @classmethod
     def connect(cls, conninfo: str = "", **kwargs: Any) -> Connection:
@@ -78,6 +81,7 @@ class Connection(psycopg.Connection[Any]):
             wrapper.check_served()
         if not in_bridge():
             return super().wait(gen, interval=interval, timeout=timeout)
+        self._waiting = True
         try:
             return await_(
                 waiting.wait_async(gen, self.pgconn.socket, interval=interval, timeout=timeout)
@@ -87,11 +91,16 @@ class Connection(psycopg.Connection[Any]):
         except BaseException:
             # Cancelled, or closed, in the middle of a round trip: what the server does now is not
             # certain.
+            self._waiting = False
             if self.wrapper is not None and (wrapper := self.wrapper()) is not None:
                 wrapper.cut_off()
             self.abandon()
             raise
         finally:
+            self._waiting = False
+            if self._kept is not None:
+                os.close(self._kept)
+                self._kept = None
             self._note_status()
 
     def _note_status(self) -> None:
@@ -101,10 +110,12 @@ class Connection(psycopg.Connection[Any]):
         elif status == IDLE and self.began:
             self.began, self.left_by_sql = False, True
 
-    def execute(self, query: Any, *args: Any, **kwargs: Any) -> Any:
+    def cursor(self, *args: Any, **kwargs: Any) -> Any:
         if self.wrapper is not None and (wrapper := self.wrapper()) is not None:
-            wrapper.before_statement(query)
-        return super().execute(query, *args, **kwargs)
+            wrapper.check_served()
+            # In other hands than Django's backend it may execute anything.
+            wrapper.touched = wrapper.touched or not wrapper.own_use
+        return super().cursor(*args, **kwargs)
 
     def commit(self) -> None:
         self.began = False
@@ -127,12 +138,40 @@ class Connection(psycopg.Connection[Any]):
         """Close the socket now, keeping what `farewell` needs to end the statement on the
         server."""
         if not self.closed:
+            fd = self._take_from_waiter()
             with contextlib.suppress(OSError, psycopg.Error):
                 runs = self.pgconn.transaction_status == ACTIVE and capabilities.has_cancel_safe()
                 cancel = self.pgconn.cancel_conn() if runs else None
                 self._farewell = Farewell(cancel, socket.socket(fileno=os.dup(self.pgconn.socket)))
-        # Also when the server has closed it: libpq may hold the socket still.
-        self.pgconn.finish()
+            self.pgconn.finish()
+            if fd is not None:
+                self._keep(fd)
+        else:
+            # The server has closed it, but libpq may hold the socket still.
+            self.pgconn.finish()
+
+    def _take_from_waiter(self) -> int | None:
+        """The number of the socket that another task waits for at this moment, if one does.
+
+        That task will learn of the end in a tenth of a second. Until then the number must not be
+        that of another socket: the loop would mix up who waits for which.
+        """
+        if not self._waiting or self._kept is not None:
+            return None
+        fd: int = self.pgconn.socket
+        if (loop := asyncio._get_running_loop()) is not None:
+            loop.remove_reader(fd)
+            loop.remove_writer(fd)
+        return fd
+
+    def _keep(self, fd: int) -> None:
+        """Take the number again that closing has made free, with a file that cannot be waited
+        for."""
+        null = os.open(os.devnull, os.O_RDWR)
+        if null != fd:
+            os.dup2(null, fd)
+            os.close(null)
+        self._kept = fd
 
     def __del__(self, *args: Any) -> None:
         # Of a pooled connection the lease, or the session, has told already.
@@ -205,6 +244,7 @@ class Mixin(BridgedMixin, _Base):
     unsupported_options = ()
     multiple_statements = True
     connection: Any
+    own_use = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -275,7 +315,8 @@ class Mixin(BridgedMixin, _Base):
         )
 
     def create_cursor(self, name: str | None = None) -> Any:
-        cursor = super().create_cursor(name)
+        with self._own_use():
+            cursor = super().create_cursor(name)
         if name and self.pooled:
             self._named_cursors.add(cursor)
         return cursor
@@ -313,8 +354,28 @@ class Mixin(BridgedMixin, _Base):
         connection.execute(RESET)
         if (backlog := connection._notifies_backlog) is not None:
             backlog.clear()
-        self._configure_connection(connection)
+        if self.set_up_touches:
+            self.set_up_again()
+        else:
+            self._configure_connection(connection)
         self.touched = False
+
+    def is_usable(self) -> bool:
+        with self._own_use():
+            return super().is_usable()
+
+    def _configure_connection(self, connection: Any) -> bool:
+        with self._own_use():
+            return super()._configure_connection(connection)
+
+    @contextlib.contextmanager
+    def _own_use(self) -> Iterator[None]:
+        """The driver's connection is used by Django's backend, whose statements are known."""
+        outer, self.own_use = self.own_use, True
+        try:
+            yield
+        finally:
+            self.own_use = outer
 
     def close_driver(self) -> None:
         self._forget_cursors()
