@@ -64,20 +64,9 @@ STATEMENT_TIMEOUTS = frozenset({1969, 3024})
 COMMENTS = re.compile(r"\A(?:\s+|--[^\n]*\n?|\#[^\n]*\n?|/\*(?!!).*?\*/|\()*", re.DOTALL)
 # Statements that change data, schema or the transaction, never the session on the server.
 HARMLESS = frozenset(
-    {
-        "select",
-        "insert",
-        "update",
-        "delete",
-        "replace",
-        "with",
-        "values",
-        "table",
-        "show",
-        "explain",
-    }
-    | {"describe", "desc", "begin", "start", "commit", "rollback", "savepoint", "release", "create"}
-    | {"alter", "drop", "truncate", "rename", "analyze", "optimize", "check", "do"}
+    {"select", "insert", "update", "delete", "replace", "with", "values", "table", "explain"}
+    | {"show", "describe", "desc", "begin", "start", "commit", "rollback", "savepoint", "release"}
+    | {"create", "alter", "drop", "truncate", "rename", "analyze", "optimize", "check", "do"}
 )
 # What makes a harmless statement leave a trace: user variables, locks by name, temporary tables.
 TRACES = re.compile(r"(?<![@\w])@[\w`'\"]|:=|\bget_lock\s*\(|\btemporary\b", re.IGNORECASE)
@@ -86,8 +75,8 @@ LASTING = re.compile(r"\A(set\s+(default\s+)?role\b|change\s)", re.IGNORECASE)
 # Statements before which the server commits.
 IMPLICIT_COMMIT = re.compile(
     r"\A(alter|create(?!\s+temporary)|drop(?!\s+temporary)|rename|truncate|grant|revoke|lock|"
-    r"unlock|analyze|optimize|repair|flush|install|uninstall|load\s+index|cache\s+index|"
-    r"set\s+password)\b",
+    r"unlock|analyze\s+((local|no_write_to_binlog)\s+)?table|optimize|repair|flush|install|"
+    r"uninstall|load\s+index|cache\s+index|set\s+password)\b",
     re.IGNORECASE,
 )
 ENDS_TRANSACTION = re.compile(
@@ -211,7 +200,7 @@ class Mixin(BridgedMixin, _Base):
 
     def is_fatal(self, error: BaseException) -> bool:
         connection = self.connection
-        return bool(error.args[0] == DEADLOCK or connection.taken_back or connection.closed)
+        return bool(error.args[:1] == (DEADLOCK,) or connection.taken_back or connection.closed)
 
     def is_timeout(self, error: BaseException, options: TransactionOptions) -> bool:
         cause = error.__cause__

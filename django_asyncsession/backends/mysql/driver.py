@@ -153,7 +153,7 @@ class Connection:
         waiting for a lock takes too long.
         """
         failed = isinstance(error, MySQLdb.OperationalError | MySQLdb.InternalError)
-        if self.began and failed and error.args[0] not in STATEMENT_ONLY:
+        if self.began and failed and not STATEMENT_ONLY & set(error.args[:1]):
             self.began = False
             with contextlib.suppress(MySQLdb.Error):
                 self.run(self.raw.query("DO 0"))
