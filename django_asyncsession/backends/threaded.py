@@ -235,6 +235,7 @@ class Connection:
         self._check_open()
         if not in_bridge():
             return fn(*args, **kwargs)
+        wrapper.stop_idling()
         call = partial(fn, *args, **kwargs) if args or kwargs else fn
         try:
             result = self._thread.call(
@@ -253,9 +254,9 @@ class Connection:
     def _check_open(self) -> None:
         wrapper = self._owner()
         if self._thread.ended and wrapper is not None:
-            raise wrapper.Database.InterfaceError(
-                f"the connection to {wrapper.alias!r} is closed; roll back, and run the whole "
-                "transaction again"
+            raise wrapper.Database.OperationalError(
+                f"the connection to {wrapper.alias!r} is closed{wrapper.closed_because}; roll "
+                "back, and run the whole transaction again"
             )
 
     def _answered(self) -> None:
@@ -434,7 +435,6 @@ class Mixin(BridgedMixin, _Base):
         "read_only",
         "deferrable",
         "lock_timeout",
-        "idle_timeout",
     )
     # Statements that change data or the transaction, never the connection.
     harmless: ClassVar[frozenset[str]] = frozenset(
@@ -446,6 +446,10 @@ class Mixin(BridgedMixin, _Base):
     connection: Any
     # Seconds that each driver call may take.
     statement_timeout: float | None = None
+    # Seconds that a transaction may wait for its next statement.
+    idle_timeout: float | None = None
+    closed_because = ""
+    _idle_timer: asyncio.TimerHandle | None = None
     _thread: DriverThread | None = None
     # The last statement failed, which may have failed the whole transaction.
     unanswered = False
@@ -495,16 +499,32 @@ class Mixin(BridgedMixin, _Base):
         if error is not None:
             self.unanswered = True
             self.driver_failed(error)
+        self.start_idling()
 
     # Transactions
 
     def start(self, options: TransactionOptions) -> None:
         self.check_options(options)
-        self.statement_timeout = options.timeout
+        self.statement_timeout, self.idle_timeout = options.timeout, options.idle_timeout
 
     def configure_autocommit(self, options: TransactionOptions) -> None:
-        self.check_options(options)
-        self.statement_timeout = options.timeout
+        self.start(options)
+
+    def start_idling(self) -> None:
+        """Give the transaction `idle_timeout` seconds to go on, as a server would."""
+        if self.idle_timeout is not None and self.transaction_state is TransactionState.ACTIVE:
+            loop = asyncio.get_running_loop()
+            self._idle_timer = loop.call_later(self.idle_timeout, self._idle_for_too_long)
+
+    def stop_idling(self) -> None:
+        """The transaction goes on, or has ended."""
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
+            self._idle_timer = None
+
+    def _idle_for_too_long(self) -> None:
+        self.closed_because = f", because a transaction was idle for {self.idle_timeout} s"
+        self.abandon()
 
     def _commit(self) -> None:
         if self.unanswered and self.pooled and not self.is_usable():
@@ -539,7 +559,7 @@ class Mixin(BridgedMixin, _Base):
         return first in self.harmless and not (rest and rest[0].startswith(("temp", "global")))
 
     def reset(self) -> None:
-        self.statement_timeout = None
+        self.statement_timeout = self.idle_timeout = None
         if self.touched:
             # There is no way to reset a driver that nothing is known of.
             self.abandon()
@@ -549,6 +569,7 @@ class Mixin(BridgedMixin, _Base):
         self.unanswered = False
 
     def close_driver(self) -> None:
+        self.stop_idling()
         if self._thread is None:
             return
         self._thread.interrupt(self.interrupt)

@@ -39,8 +39,9 @@ else:
 
 logger = logging.getLogger("django_asyncsession")
 
-# Seconds between two tries for a lock, at first and at the most.
-TRY_MIN, TRY_MAX = 0.0005, 0.01
+# Seconds between two tries for a lock, at first and at the most; of the first in line more often,
+# since it tries for all.
+TRY_MIN, TRY_MAX, TRY_FIRST = 0.0005, 0.01, 0.001
 # Seconds between two looks, by who stands in line, at whether it was cancelled.
 LOOK = 0.02
 # Who waits for the write lock of a database stands in line, so that none waits for ever. It is
@@ -113,15 +114,17 @@ class Connection(threaded.Connection):
     def _begin(self) -> None:
         for statement in self._prelude:
             # Readers wait for nobody.
-            takes_lock = statement in TAKES_LOCK
-            with self._in_line() if takes_lock else contextlib.nullcontext():
+            if statement in TAKES_LOCK:
+                with self._in_line():
+                    self._begin_one(statement, TRY_FIRST)
+            else:
                 self._begin_one(statement)
         self._prelude = ()
         self._began = self._raw.in_transaction
 
-    def _begin_one(self, statement: str) -> None:
+    def _begin_one(self, statement: str, longest_pause: float = TRY_MAX) -> None:
         try:
-            self._wait_for_lock(partial(self._raw.execute, statement))
+            self._wait_for_lock(partial(self._raw.execute, statement), longest_pause)
         except sqlite3.OperationalError as exc:
             if _code(exc) != sqlite3.SQLITE_READONLY:
                 raise
@@ -141,7 +144,7 @@ class Connection(threaded.Connection):
         finally:
             self._line.release()
 
-    def _wait_for_lock(self, call: Callable[[], Any]) -> Any:
+    def _wait_for_lock(self, call: Callable[[], Any], longest_pause: float = TRY_MAX) -> Any:
         """Call until no other connection is in the way, the time is up, or it is interrupted."""
         deadline = time.monotonic() + self._lock_timeout
         pause = TRY_MIN
@@ -159,7 +162,7 @@ class Connection(threaded.Connection):
                     raise
             if self._thread.stop.wait(pause):
                 raise sqlite3.OperationalError("interrupted")
-            pause = min(2 * pause, TRY_MAX)
+            pause = min(2 * pause, longest_pause)
 
     def _with_own_wait(self, execute: Callable[..., Any], *args: Any) -> Any:
         """Let SQLite wait: half done, and not in a transaction, the call cannot be repeated."""
@@ -187,7 +190,7 @@ class Mixin(threaded.Mixin, _Base):
 
     # SQLite has no other; whoever asks for less gets it.
     isolation_levels = ("serializable",)
-    unsupported_options = ("deferrable", "idle_timeout")
+    unsupported_options = ("deferrable",)
     connection_class = Connection
     _read_only = False
 
@@ -260,15 +263,8 @@ class Mixin(threaded.Mixin, _Base):
     # Transactions
 
     def start(self, options: TransactionOptions) -> None:
-        self._apply(options)
-
-    def configure_autocommit(self, options: TransactionOptions) -> None:
-        self._apply(options)
-
-    def _apply(self, options: TransactionOptions) -> None:
-        self.check_options(options)
+        super().start(options)
         connection = self.connection
-        self.statement_timeout = options.timeout
         connection._prelude = ()
         connection._lock_timeout = options.lock_timeout or connection._default_lock_timeout
         self._read_only = bool(options.read_only)
@@ -313,6 +309,7 @@ class Mixin(threaded.Mixin, _Base):
         elif connection._began and not inside:
             connection._left_by_sql = True
         connection._began = inside
+        self.start_idling()
 
     def is_fatal(self, error: BaseException) -> bool:
         # A full disk, an interrupted write, ON CONFLICT ROLLBACK: SQLite rolls back all of it.
