@@ -556,9 +556,15 @@ async def test_a_hundred_sessions_sleep_at_the_same_time_without_a_thread(
 ) -> None:
     if db.vendor == "sqlite":
         pytest.skip("SQLite computes in this process")
-    with pool(db, max_size=60, min_size=60):
+    async with db.get_session() as session:
+        asked = "SHOW max_connections" if db.vendor == "postgresql" else "SELECT @@max_connections"
+        room = int(await session.fetch_value(asked))
+    await db.close()
+    # A server shared with others, with its default of 100 connections, has no room for as many.
+    size = 100 if room >= 140 else 60
+    with pool(db, max_size=size, min_size=size):
         await db.connect()
-        await soon(lambda: db.stats()["pool_available"] == 60, 20)
+        await soon(lambda: db.stats()["pool_available"] == size, 20)
 
     async def sleep() -> None:
         async with db.get_session() as session:
@@ -567,10 +573,10 @@ async def test_a_hundred_sessions_sleep_at_the_same_time_without_a_thread(
     threads, times = threading.active_count(), []
     for _ in range(3):
         with Elapsed() as took:
-            await asyncio.gather(*(sleep() for _ in range(60)))
+            await asyncio.gather(*(sleep() for _ in range(size)))
         times.append(took.seconds)
         assert threading.active_count() == threads
-    assert min(times) < 1
+    assert min(times) < 1, times
 
 
 async def everything(db: DatabaseInterface) -> None:
