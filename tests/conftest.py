@@ -23,6 +23,7 @@ ALIASES = {"default": "postgresql", "sqlite": "sqlite", "mysql": "mysql"}
 def django_db_setup(
     request: pytest.FixtureRequest,
     django_test_environment: None,
+    django_db_modify_db_settings: None,
     django_db_blocker: DjangoDbBlocker,
     django_db_createdb: bool,
     django_db_keepdb: bool,
@@ -42,6 +43,9 @@ def django_db_setup(
 @pytest.fixture(scope="session", autouse=True)
 def test_databases(django_db_setup: None, django_db_blocker: DjangoDbBlocker) -> Iterator[None]:
     """Sessions commit for real on connections of their own, so access is open to every test."""
+    # Each test collects its garbage, to hear of what it leaked; what is there now need not be seen.
+    gc.collect()
+    gc.freeze()
     with django_db_blocker.unblock():
         yield
 
