@@ -614,6 +614,19 @@ async def test_timeouts_are_gone_with_the_session(one: DatabaseInterface) -> Non
     assert await limits() == before
 
 
+async def test_a_transaction_idle_for_too_long_is_ended_by_the_server(
+    db: DatabaseInterface,
+) -> None:
+    with pytest.raises(TransactionManagementError, match="lost"):
+        async with db.get_session(idle_timeout=1) as session:
+            await session.execute("INSERT INTO t (n) VALUES (1)")
+            await until(lambda: not sessions())
+            with pytest.raises(OperationalError) as info:
+                await session.execute("INSERT INTO t (n) VALUES (2)")
+            assert info.value.args[0] in (2006, 2013, 4031)
+    assert rows() == []
+
+
 async def test_read_only_and_isolation_hold_in_the_transaction(db: DatabaseInterface) -> None:
     with pytest.raises(OperationalError, match="READ ONLY"):
         async with db.get_session(read_only=True) as session:
