@@ -38,8 +38,10 @@ class Source(Protocol):
 class Checkout:
     """At most one connection, and the calls that run on it."""
 
-    def __init__(self, database: Source) -> None:
+    def __init__(self, database: Source, made_at: str) -> None:
         self._database = database
+        # Where the session was made.
+        self.made_at = made_at
         self._lease: Lease[BridgedMixin] | None = None
         # The time limit of the call that runs, and what it raises when `stop` ends it.
         self._limit: asyncio.Timeout | None = None
@@ -101,7 +103,10 @@ class Checkout:
         if self._lease is None:
             lease = await self._database.acquire()
             lease.connection.lease = lease.token
+            lease.made_at = self.made_at
             self._lease = lease
+        elif self._lease.shared:
+            await self._lease.turn()
         return self._lease.connection
 
     def _reason(self, budget: float | None) -> Exception:
@@ -122,6 +127,9 @@ class Checkout:
         lease, self._lease = self._lease, None
         if lease is None:
             return
+        if lease.shared:
+            await lease.finish()
+            return
         wrapper, usable = lease.connection, False
         try:
             usable = not nothing_can_wait() and await _reset(wrapper)
@@ -134,7 +142,9 @@ class Checkout:
     def abandon(self) -> None:
         """Close the connection without awaiting."""
         lease, self._lease = self._lease, None
-        if lease is not None:
+        if lease is not None and lease.shared:
+            lease.finish_now()
+        elif lease is not None:
             lease.connection.lease = None
             lease.connection.abandon()
             lease.connection.scrub()

@@ -84,5 +84,9 @@ class RowNotFound(AsyncSessionError, ObjectDoesNotExist, DatabaseError):
     """The row to update or refresh is not in the database."""
 
 
+class SharedConnectionWarning(RuntimeWarning):
+    """A session in a test asked for what a shared connection cannot give, or was left open."""
+
+
 class UnboundedQueryError(AsyncSessionError, ValueError):
     """`update` or `delete` without `where` was run without `.all_rows()`."""

@@ -43,16 +43,18 @@ class Executor:
     """What runs between the begin and the end of a transaction, or without one in autocommit
     mode."""
 
-    def __init__(self, database: Source, *, autocommit: bool, **options: Any) -> None:
+    def __init__(
+        self, database: Source, *, autocommit: bool, site: str | None = None, **options: Any
+    ) -> None:
         self.alias = database.alias
         self.autocommit = autocommit
         self.options = TransactionOptions(**options)
         self.state = State.NEW
-        self._site = creation_site()
+        self._site = creation_site() if site is None else site
         self._loop: asyncio.AbstractEventLoop | None = None
         self._owner: asyncio.Task[Any] | None = None
         self._turns: Turns
-        self._checkout = Checkout(database)
+        self._checkout = Checkout(database, self._site)
         self._blocks: list[Block] = []
         self._ready = False
 

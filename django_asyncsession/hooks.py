@@ -66,6 +66,10 @@ class Hooks:
 
     def call_at_once(self, wrapper: BridgedMixin) -> None:
         """Call those that wait for the commit of nothing; in the bridge, in autocommit mode."""
+        if wrapper.in_atomic_block:
+            # In a test, whose transaction is not committed.
+            self.hand_over(wrapper)
+            return
         _waiting(wrapper).extend((set(), call, robust) for call, robust in self._commit)
         self._commit.clear()
         call_waiting(wrapper)
@@ -110,7 +114,7 @@ async def _call_all(hooks: Any) -> None:
 
 def call_waiting(wrapper: BridgedMixin) -> None:
     """Call what waits for the commit, and what the callbacks themselves register meanwhile."""
-    while wrapper.run_on_commit:
+    while wrapper.run_on_commit and not wrapper.in_atomic_block:
         wrapper.run_and_clear_commit_hooks()
 
 
@@ -135,6 +139,7 @@ def awaiting(func: Hook) -> Hook:
         return bridge.await_(result) if inspect.isawaitable(result) else result
 
     call.__qualname__ = _name(func)
+    call.func = func  # type: ignore[attr-defined]
     return call
 
 

@@ -18,6 +18,7 @@ from django.db.utils import ConnectionHandler
 
 from . import bridge
 from .backends.base import BridgedMixin, Secret, bridged_class, call_served, make_wrapper
+from .checkout import Source
 from .conf import settings
 from .exceptions import ConfigurationError, UnknownAlias
 from .pool import COUNTERS, Lease, Pool, PoolOptions
@@ -51,6 +52,8 @@ class DatabaseInterface:
     def __init__(self, alias: str, settings_dict: Mapping[str, Any] | None = None) -> None:
         self.alias = alias
         self._own_settings = settings_dict
+        # Where connections come from instead of the pools: in a test, from the test's own.
+        self.source: Source | None = None
         self._pools: dict[int, tuple[tuple[Any, ...], Pool[BridgedMixin]]] = {}
         _interfaces.add(self)
 
@@ -122,7 +125,7 @@ class DatabaseInterface:
         Raises:
             As `Pool.acquire`.
         """
-        return await self.pool().acquire()
+        return await (self.source or self.pool()).acquire()
 
     def pool(self) -> Pool[BridgedMixin]:
         """The pool of the running loop, made on first use.

@@ -106,6 +106,9 @@ class PoolOptions:
 class Lease(Generic[C]):
     """One holder's right to one connection; `release` ends it, and so does being forgotten."""
 
+    # The connection is a test's, which others use as well, and its holders take turns: see
+    # `shared.py`.
+    shared = False
     released = True
 
     def __init__(self, pool: Pool[C], entry: _Entry[C]) -> None:
@@ -114,7 +117,7 @@ class Lease(Generic[C]):
         self.since = time.monotonic()
         # What the connection may know of its lease; the lease itself would be a cycle.
         self.token = object()
-        self.site = creation_site()
+        self.site = self.made_at = creation_site()
         self.task = task_name()
         pool._leases.add(self)
         self.released = False
@@ -125,6 +128,15 @@ class Lease(Generic[C]):
         if not self.released:
             self.released = True
             self._pool._take_back(self, usable)
+
+    async def turn(self) -> None:
+        """Wait for the turn to use a shared connection."""
+
+    async def finish(self) -> None:
+        """Give a shared connection back."""
+
+    def finish_now(self) -> None:
+        """Give a shared connection back without awaiting."""
 
     def __del__(self) -> None:
         if self.released or sys.is_finalizing():

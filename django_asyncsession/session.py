@@ -775,7 +775,7 @@ class Session:
 
     def _new_transaction(self, autocommit: bool | None = None) -> Transaction:
         mode = self.autocommit if autocommit is None else autocommit
-        return Transaction(self.bind, autocommit=mode, **self._options)
+        return Transaction(self.bind, autocommit=mode, site=self._site, **self._options)
 
     @property
     def _is_one_statement_mode(self) -> bool:

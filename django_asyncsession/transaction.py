@@ -47,6 +47,7 @@ class Transaction(Executor):
     Args:
         database: where connections come from.
         autocommit: True: no transaction at all, each statement commits by itself.
+        site: where the session was made, for messages; None takes the caller's place.
         isolation, read_only, deferrable: what BEGIN says; None leaves the database's default.
         timeout, lock_timeout, idle_timeout: seconds that a statement, a wait for a lock, or the
             pause between two
@@ -56,13 +57,22 @@ class Transaction(Executor):
         ConfigurationError: an option that cannot be.
     """
 
-    def __init__(self, database: Source, *, autocommit: bool = False, **options: Any) -> None:
-        super().__init__(database, autocommit=autocommit, **options)
+    def __init__(
+        self,
+        database: Source,
+        *,
+        autocommit: bool = False,
+        site: str | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(database, autocommit=autocommit, site=site, **options)
         self.outcome: Outcome | None = None
         self._begun_by: tuple[asyncio.Task[Any] | None, int] = (None, 0)
         self._hooks = Hooks()
         self._atomic: Atomic | None = None
         self._savepoints: list[Savepoint] = []
+        # Of Django's blocks on the connection, with this transaction's own.
+        self._depth = 0, 0
         self._rollback_wanted = self._finishing = False
         self._ending = False
 
@@ -398,6 +408,8 @@ class Transaction(Executor):
         atomic = Atomic(self.alias, savepoint=True, durable=False)
         atomic.__enter__()
         self._atomic = atomic
+        # In a test it is nested in the test's own.
+        self._depth = len(wrapper.savepoint_ids), len(wrapper.atomic_blocks)
         wrapper.needs_rollback = self._rollback_wanted
         self._hooks.hand_over(wrapper)
 
@@ -496,8 +508,9 @@ class Transaction(Executor):
             return
         # One ROLLBACK undoes what is in the blocks too.
         self._blocks.clear()
-        wrapper.savepoint_ids = []
-        wrapper.atomic_blocks = wrapper.atomic_blocks[:1]
+        savepoints, blocks = self._depth
+        wrapper.savepoint_ids = wrapper.savepoint_ids[:savepoints]
+        wrapper.atomic_blocks = wrapper.atomic_blocks[:blocks]
         error = Rollback()
         await self._serve(lambda: atomic.__exit__(Rollback, error, None), budget=CLEANUP_BUDGET)
 

@@ -16,6 +16,7 @@ from pytest_django.plugin import DjangoDbBlocker
 
 from django_asyncsession import DatabaseInterface, Session, databases
 
+pytest_plugins = ["django_asyncsession.pytest_plugin"]
 ALIASES = {"default": "postgresql", "sqlite": "sqlite", "mysql": "mysql"}
 
 

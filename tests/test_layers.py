@@ -26,6 +26,7 @@ LAYERS = [
     {"session"},
     {"ddl"},
     {"interface"},
+    {"shared"},
     {
         "native",
         "routes",

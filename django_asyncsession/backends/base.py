@@ -222,6 +222,8 @@ class BridgedMixin(_Wrapper):
     has_deferrable: ClassVar[bool] = False
     # Options of a session that the database cannot keep.
     unsupported_options: ClassVar[tuple[str, ...]] = ("deferrable",)
+    # One connection serves sync code and the bridge, by turns.
+    both_modes: ClassVar[bool] = True
 
     pooled = False
     lease: object = None
@@ -494,6 +496,10 @@ class BridgedMixin(_Wrapper):
         self.cut = True
         self.abandon()
 
+    def finish_call(self, seconds: float) -> None:
+        """Wait, blocking, for the end of a driver's call that nobody awaits any more, so that the
+        connection can be used further."""
+
     def close_driver(self) -> None:
         """Close the driver's connection without awaiting or blocking."""
         raise NotImplementedError
@@ -636,8 +642,13 @@ def bridged_class(engine: str) -> type[BridgedMixin]:
     return type("DatabaseWrapper", (mixin, base), {"__module__": base.__module__})
 
 
-def make_wrapper(alias: str, settings_dict: Mapping[str, Any]) -> BridgedMixin:
+def make_wrapper(
+    alias: str, settings_dict: Mapping[str, Any], cls: type[BridgedMixin] | None = None
+) -> BridgedMixin:
     """A pooled wrapper, not connected yet, for the settings of an alias. The settings are copied.
+
+    Args:
+        cls: its class; None takes that of the engine.
 
     Raises:
         ConfigurationError: the engine cannot be bridged.
@@ -648,7 +659,7 @@ def make_wrapper(alias: str, settings_dict: Mapping[str, Any]) -> BridgedMixin:
     own["OPTIONS"].pop("pool", None)
     # How long a connection lives, and when it is checked, is the pool's business.
     own.update(CONN_MAX_AGE=None, CONN_HEALTH_CHECKS=False, AUTOCOMMIT=True)
-    wrapper: Any = bridged_class(own["ENGINE"])(own, alias)
+    wrapper: Any = (cls or bridged_class(own["ENGINE"]))(own, alias)
     wrapper.pooled = True
     return wrapper  # type: ignore[no-any-return]
 

@@ -86,6 +86,13 @@ class DriverThread:
         if self._thread.ident is not None and not self.ended:
             self._jobs.put(partial(_quietly, fn))
 
+    def finish(self, seconds: float) -> None:
+        """Wait, blocking, for the end of the calls sent so far, but not for longer than this."""
+        done = threading.Event()
+        self.post(done.set)
+        if self.alive and not self.ended:
+            done.wait(seconds)
+
     def later(self, fn: Callable[[], Any]) -> None:
         """Run `fn` in the thread before the next call."""
         self._leftovers.append(fn)
@@ -567,6 +574,10 @@ class Mixin(BridgedMixin, _Base):
     def scrub(self) -> None:
         super().scrub()
         self.unanswered = False
+
+    def finish_call(self, seconds: float) -> None:
+        if self._thread is not None:
+            self._thread.finish(seconds)
 
     def close_driver(self) -> None:
         self.stop_idling()

@@ -6,7 +6,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import select
 import socket
+import time
 import weakref
 from collections.abc import Awaitable, Generator, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -28,6 +30,7 @@ else:
     _Base = object
 
 RV = TypeVar("RV")
+COPYING = (pq.ExecStatus.COPY_IN, pq.ExecStatus.COPY_OUT, pq.ExecStatus.COPY_BOTH)
 IDLE, ACTIVE = pq.TransactionStatus.IDLE, pq.TransactionStatus.ACTIVE
 
 # What DISCARD ALL does, in statements that may travel together in one round trip.
@@ -92,9 +95,11 @@ class Connection(psycopg.Connection[Any]):
             # Cancelled, or closed, in the middle of a round trip: what the server does now is not
             # certain.
             self._waiting = False
-            if self.wrapper is not None and (wrapper := self.wrapper()) is not None:
+            wrapper = None if self.wrapper is None else self.wrapper()
+            if wrapper is not None:
                 wrapper.cut_off()
-            self.abandon()
+            if wrapper is None or wrapper.cut:
+                self.abandon()
             raise
         finally:
             self._waiting = False
@@ -133,6 +138,27 @@ class Connection(psycopg.Connection[Any]):
             for result in (yield from generators.execute(self.pgconn)):
                 if result.status == pq.ExecStatus.FATAL_ERROR:
                     raise psycopg.errors.error_from_result(result, encoding=self.pgconn._encoding)
+
+    def finish_call(self, seconds: float) -> None:
+        """Cancel the statement that nobody waits for any more, and wait for its end, blocking."""
+        deadline = time.monotonic() + seconds
+        if self._is_active:
+            self._try_cancel(timeout=seconds)
+        while self._is_active:
+            self.pgconn.flush()
+            self.pgconn.consume_input()
+            while not self.pgconn.is_busy() and (result := self.pgconn.get_result()) is not None:
+                if result.status in COPYING:
+                    return
+            if self._is_active:
+                left = max(0.0, deadline - time.monotonic())
+                if not select.select([self.pgconn.socket], [], [], left)[0]:
+                    return
+
+    @property
+    def _is_active(self) -> bool:
+        """Whether the server still runs a statement, as far as is known here."""
+        return not self.closed and self.pgconn.transaction_status == ACTIVE
 
     def abandon(self) -> None:
         """Close the socket now, keeping what `farewell` needs to end the statement on the
@@ -252,8 +278,7 @@ class Mixin(BridgedMixin, _Base):
 
     def get_new_connection(self, conn_params: dict[str, Any]) -> Any:
         connection = super().get_new_connection(conn_params)
-        if self.pooled:
-            connection.wrapper = weakref.ref(self)
+        connection.wrapper = weakref.ref(self)
         return connection
 
     def start(self, options: TransactionOptions) -> None:
@@ -376,6 +401,10 @@ class Mixin(BridgedMixin, _Base):
             yield
         finally:
             self.own_use = outer
+
+    def finish_call(self, seconds: float) -> None:
+        if self.connection is not None:
+            self.connection.finish_call(seconds)
 
     def close_driver(self) -> None:
         self._forget_cursors()

@@ -1,0 +1,97 @@
+"""The pytest plugin: sessions work in the transaction of pytest-django's `db`, and fixtures.
+
+Nothing of Django is imported before a test asks for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from .interface import Databases
+    from .session import Session
+    from .shared import Sharing
+    from .testing import ExpectedQueries
+
+# pytest-django's fixture behind `db`, `transactional_db` and the mark `django_db`.
+BEHIND_DB = "_django_db_helper"
+# Those of its fixtures, and of its mark's arguments, that mean real transactions.
+TRANSACTIONAL_FIXTURES = {"transactional_db", "django_db_reset_sequences", "live_server"}
+TRANSACTIONAL_ARGUMENTS = ("transaction", "reset_sequences")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(
+    fixturedef: pytest.FixtureDef[Any], request: pytest.FixtureRequest
+) -> Generator[None, Any, Any]:
+    """Share the connections before pytest-django begins its transactions; settle before it rolls
+    them back."""
+    if fixturedef.argname != BEHIND_DB or _has_own_transactions(request):
+        return (yield)
+    sharing = request.getfixturevalue("_asyncsession_sharing")
+    result = yield
+    fixturedef.addfinalizer(sharing.settle)
+    return result
+
+
+def _has_own_transactions(request: pytest.FixtureRequest) -> bool:
+    """Whether the test's transactions are real, or those of a unittest class."""
+    if getattr(request.node, "cls", None) is not None and hasattr(request.node.cls, "_pre_setup"):
+        return True
+    if TRANSACTIONAL_FIXTURES & set(request.fixturenames):
+        return True
+    mark = request.node.get_closest_marker("django_db")
+    if mark is None:
+        return False
+    given = {**dict(zip(TRANSACTIONAL_ARGUMENTS, mark.args, strict=False)), **mark.kwargs}
+    return any(given.get(name) for name in TRANSACTIONAL_ARGUMENTS)
+
+
+@pytest.fixture(scope="session")
+def _asyncsession_shared(django_db_setup: None) -> Generator[None]:
+    """Closes the shared connections before the databases are dropped."""
+    from .shared import close_shared
+
+    yield
+    close_shared()
+
+
+@pytest.fixture
+def _asyncsession_sharing(_asyncsession_shared: None) -> Generator[Sharing]:
+    """Shares the connections until pytest-django has rolled back."""
+    from .shared import Sharing
+
+    sharing = Sharing()
+    sharing.begin()
+    yield sharing
+    sharing.end()
+
+
+@pytest.fixture
+def async_databases(_django_db_helper: None) -> Databases:
+    """`django_asyncsession.databases`, for a test that may use the databases."""
+    from .interface import databases
+
+    return databases
+
+
+@pytest.fixture
+def async_session(async_databases: Databases) -> Generator[Session]:
+    """A session of the database that the middleware uses. It needs no `begin()`, sessions of the
+    code under test nest in it, and what it did is rolled back."""
+    from .testing import own_session
+
+    session = own_session()
+    yield session
+    session.end()
+
+
+@pytest.fixture
+def async_assert_num_queries(async_databases: Databases) -> Callable[..., ExpectedQueries]:
+    """`django_asyncsession.testing.async_assert_num_queries`."""
+    from .testing import async_assert_num_queries
+
+    return async_assert_num_queries
