@@ -507,7 +507,10 @@ def shared_class(engine: str) -> type[SharedMixin]:
         # Its connections work in one way only, so the driver of the sync ORM gets a thread.
         plain = next(c for c in wrapper_class(engine).__mro__ if not issubclass(c, BridgedMixin))
         mixin = import_module(ANY_DRIVER).Mixin
-        base = type("DatabaseWrapper", (mixin, plain), {"__module__": plain.__module__})
+        # Django looks into a name that the mixin has for another purpose.
+        levels = getattr(plain, "isolation_levels", ())
+        names = {"__module__": plain.__module__, "isolation_levels": levels}
+        base = type("DatabaseWrapper", (mixin, plain), names)
     return type("SharedDatabaseWrapper", (SharedMixin, base), {"__module__": base.__module__})
 
 

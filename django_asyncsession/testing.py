@@ -28,11 +28,11 @@ from .backends.base import BridgedMixin
 from .checkout import Source
 from .conf import settings
 from .exceptions import ConfigurationError
+from .executor import State
 from .interface import DatabaseInterface, databases
 from .pool import Lease
 from .session import Session
 from .shared import SharedSource, Sharing
-from .executor import State
 from .transaction import Transaction
 
 if TYPE_CHECKING:

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from asgiref.sync import async_to_sync, sync_to_async
-from django.core.management import call_command
-from django.db import IntegrityError, OperationalError, connections, transaction
+from django.db import IntegrityError, connections, transaction
 from django.http import HttpRequest, HttpResponse, JsonResponse, StreamingHttpResponse
 from django.test import AsyncClient, Client, override_settings
 from django.urls import path
 
-from django_asyncsession import databases, inject_session, shared
+from django_asyncsession import databases, shared
 from django_asyncsession.exceptions import (
     PoolTimeout,
-    QueryTimeout,
     SessionClosedError,
     SessionInUseError,
     SharedConnectionWarning,
@@ -258,7 +255,7 @@ async def test_a_session_that_is_used_out_of_order_is_told(alias: str) -> None:
         await outer.fetch_value(COUNT)
         async with databases[alias].get_session() as inner:
             await inner.fetch_value(COUNT)
-            with pytest.raises(SessionInUseError, match=r"share one connection.*test_testing|made"):
+            with pytest.raises(SessionInUseError, match=r"test_testing\.py.*share one connection"):
                 await outer.fetch_value(COUNT)
         assert await outer.fetch_value(COUNT) == 0
 
@@ -332,10 +329,12 @@ async def test_callbacks_run_when_they_are_captured(alias: str, user: User) -> N
 
 
 async def test_callbacks_that_are_not_captured_do_not_run(alias: str) -> None:
-    async with capture_on_commit_callbacks(alias) as callbacks:
-        async with databases[alias].get_session() as session:
-            await session.add(User(name="x"))
-            session.on_commit(lambda: pytest.fail("called"))
+    async with (
+        capture_on_commit_callbacks(alias) as callbacks,
+        databases[alias].get_session() as session,
+    ):
+        await session.add(User(name="x"))
+        session.on_commit(lambda: pytest.fail("called"))
     assert len(callbacks) == 1
 
 
@@ -356,13 +355,12 @@ async def test_statements_are_counted_whoever_sends_them(alias: str, user: User)
 
 
 async def test_a_wrong_number_of_statements_is_shown(alias: str, user: User) -> None:
-    async with async_assert_num_queries(1, using=alias):
-        async with databases[alias].get_session() as session:
-            await session.fetch_value(COUNT)
-    with pytest.raises(AssertionError, match="1 statements on .*, 2 expected:\n1. SELECT count"):
+    async with async_assert_num_queries(1, using=alias), databases[alias].get_session() as session:
+        await session.fetch_value(COUNT)
+    wrong = r"1 statements on .*, 2 expected:\n1\. SELECT"
+    with pytest.raises(AssertionError, match=wrong):
         async with async_assert_num_queries(2, using=alias):
-            async with databases[alias].get_session() as session:
-                await session.fetch_value(COUNT)
+            await User.objects.using(alias).acount()
 
 
 # Cancellations and leaks
@@ -388,14 +386,13 @@ async def test_a_cancelled_statement_leaves_the_connection_usable(alias: str, us
 
 async def test_an_open_session_is_named(alias: str, async_databases: Any) -> None:
     session = databases[alias].get_session()
-    with pytest.raises(AssertionError, match="test_testing.py.*is still open"):
+    with pytest.raises(AssertionError, match=r"test_testing\.py.*is still open"):
         async with assert_no_leaks():
             await session.begin()
             await session.fetch_value(COUNT)
     await session.close()
-    async with assert_no_leaks():
-        async with databases[alias].get_session() as session:
-            await session.fetch_value(COUNT)
+    async with assert_no_leaks(), databases[alias].get_session() as session:
+        await session.fetch_value(COUNT)
 
 
 async def test_a_cursor_ends_with_its_session(alias: str, user: User) -> None:

@@ -91,6 +91,8 @@ class Mixin(BridgedMixin, _Base):
     """What bridges Django's MySQL wrapper, or one that derives from it."""
 
     statement_rollback = True
+    # What connects outside the bridge is the sync driver, which cannot await.
+    both_modes = False
     connection: Any
 
     # Connecting
