@@ -53,6 +53,11 @@ class Checkout:
         return self._lease is not None
 
     @property
+    def is_held(self) -> bool:
+        """Whether there is a connection that nobody else has ended the lease of."""
+        return self._lease is not None and not self._lease.released
+
+    @property
     def is_lost(self) -> bool:
         """Whether the connection was closed, by a cancellation or by the server."""
         return self._lease is None or (

@@ -452,6 +452,8 @@ class SharedSource:
         made."""
         wrapper = self.wrapper
         left = [lease.made_at for lease in self.leases]
+        # Who has it may be in a loop that was closed, and never goes on.
+        wrapper.exclusive = Exclusive(self.alias)
         wrapper.finish_call(END_SECONDS)
         if wrapper.connection is not None and wrapper.transaction_state is TransactionState.UNKNOWN:
             wrapper.abandon()

@@ -245,7 +245,7 @@ class Transaction(Executor):
     @property
     def holds_connection(self) -> bool:
         """Whether a connection is taken from the pool."""
-        return self._checkout.is_taken
+        return self._checkout.is_held
 
     async def __aenter__(self) -> Self:
         return await self.begin()
