@@ -461,11 +461,6 @@ class Mixin(BridgedMixin, _Base):
     # The last statement failed, which may have failed the whole transaction.
     unanswered = False
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        # What Django compares with to know the end: the rows are lists here, whatever the driver.
-        self.features.empty_fetchmany_value = []  # type: ignore[assignment]
-
     def get_new_connection(self, conn_params: dict[str, Any]) -> Any:
         thread = self._thread = DriverThread(f"database {self.alias}")
         connection = self.connection_class(self, thread)
