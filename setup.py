@@ -17,12 +17,15 @@ TEST = [
     *MYSQL,
     *DEMO,
     "anyio>=4.9",
+    "factory-boy>=3.3",
     "httpx>=0.28",
     "hypothesis>=6.130",
+    "model-bakery>=1.20",
     "pytest>=8.4",
     "pytest-asyncio>=1.1",
     "pytest-cov>=6.2",
     "pytest-django>=4.11",
+    "pytest-xdist>=3.8",
     "pytest-timeout>=2.4",
     "uvloop>=0.21; platform_system != 'Windows'",
 ]
@@ -74,6 +77,10 @@ setup(
         "rich>=13.9",
         "sqlparse>=0.5",
     ],
+    # Named as the module, so that naming it in a conftest as well registers it once.
+    entry_points={
+        "pytest11": ["django_asyncsession.pytest_plugin = django_asyncsession.pytest_plugin"]
+    },
     extras_require={
         "postgresql": POSTGRESQL,
         "mysql": MYSQL,

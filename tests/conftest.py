@@ -16,7 +16,7 @@ from pytest_django.plugin import DjangoDbBlocker
 
 from django_asyncsession import DatabaseInterface, Session, databases
 
-pytest_plugins = ["django_asyncsession.pytest_plugin"]
+pytest_plugins = ["django_asyncsession.pytest_plugin", "pytester"]
 ALIASES = {"default": "postgresql", "sqlite": "sqlite", "mysql": "mysql"}
 
 
