@@ -107,7 +107,7 @@ class Lease(Generic[C]):
     """One holder's right to one connection; `release` ends it, and so does being forgotten."""
 
     # The connection is a test's, which others use as well, and its holders take turns: see
-    # `shared.py`.
+    # `sharing.py`.
     shared = False
     released = True
 

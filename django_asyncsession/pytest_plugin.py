@@ -13,7 +13,7 @@ import pytest
 if TYPE_CHECKING:
     from .interface import Databases
     from .session import Session
-    from .shared import Sharing
+    from .sharing import Sharing
     from .testing import ExpectedQueries
 
 # pytest-django's fixture behind `db`, `transactional_db` and the mark `django_db`.
@@ -53,7 +53,7 @@ def _has_own_transactions(request: pytest.FixtureRequest) -> bool:
 @pytest.fixture(scope="session")
 def _asyncsession_shared(django_db_setup: None) -> Generator[None]:
     """Closes the shared connections before the databases are dropped."""
-    from .shared import close_shared
+    from .sharing import close_shared
 
     yield
     close_shared()
@@ -62,7 +62,7 @@ def _asyncsession_shared(django_db_setup: None) -> Generator[None]:
 @pytest.fixture
 def _asyncsession_sharing(_asyncsession_shared: None) -> Generator[Sharing]:
     """Shares the connections until pytest-django has rolled back."""
-    from .shared import Sharing
+    from .sharing import Sharing
 
     sharing = Sharing()
     sharing.begin()

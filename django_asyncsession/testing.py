@@ -32,7 +32,7 @@ from .executor import State
 from .interface import DatabaseInterface, databases
 from .pool import Lease
 from .session import Session
-from .shared import SharedSource, Sharing
+from .sharing import SharedSource, Sharing
 from .transaction import Transaction
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ LAYERS = [
     {"session"},
     {"ddl"},
     {"interface"},
-    {"shared"},
+    {"sharing"},
     {
         "native",
         "routes",

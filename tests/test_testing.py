@@ -13,7 +13,7 @@ from django.http import HttpRequest, HttpResponse, JsonResponse, StreamingHttpRe
 from django.test import AsyncClient, Client, override_settings
 from django.urls import path
 
-from django_asyncsession import databases, shared
+from django_asyncsession import databases, sharing
 from django_asyncsession.exceptions import (
     PoolTimeout,
     SessionClosedError,
@@ -263,7 +263,7 @@ async def test_a_session_that_is_used_out_of_order_is_told(alias: str) -> None:
 async def test_who_waits_for_ever_is_told_for_whom(
     alias: str, async_databases: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shared, "TURN_SECONDS", 0.05)
+    monkeypatch.setattr(sharing, "TURN_SECONDS", 0.05)
     begun = asyncio.Event()
     end = asyncio.Event()
 
