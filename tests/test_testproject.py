@@ -38,9 +38,10 @@ BOOK = {"title": "New", "isbn": "9790000000019", "price": "12.50", "published": 
 MAX_SIZE = 8
 
 
-@pytest.fixture
-def shop(alias: str, empty_tables: None) -> Iterator[str]:
-    """The shop's settings on the database of this alias, with two books in stock."""
+@pytest.fixture(params=[False, True], ids=["plain", "native"])
+def shop(alias: str, empty_tables: None, request: pytest.FixtureRequest) -> Iterator[str]:
+    """The shop's settings on the database of this alias, with two books in stock; with native mode
+    off, and on."""
     author = Author.objects.using(alias).create(name="Ada Holm", born=1950)
     for number, title in enumerate(("The Quiet Harbour", "Letters from Riga"), start=1):
         book = Book.objects.using(alias).create(
@@ -55,7 +56,11 @@ def shop(alias: str, empty_tables: None) -> Iterator[str]:
     with override_settings(
         ROOT_URLCONF="testproject.urls",
         MIDDLEWARE=shop_settings.MIDDLEWARE,
-        ASYNC_SESSION={"ALIAS": alias},
+        ASYNC_SESSION={
+            "ALIAS": alias,
+            "NATIVE_ORM": request.param,
+            "NATIVE_MIDDLEWARE": request.param,
+        },
         DATABASE_ROUTERS=[OneDatabase(alias)],
     ):
         yield alias
