@@ -1,11 +1,11 @@
 # make demo    the test project on a real PostgreSQL, in a browser
-# make test    all tests; ARGS are pytest's: make test ARGS="-k session -x"
+# make test    all tests, in three processes; ARGS are pytest's: make test ARGS="-k session -x"
 #
 # PYTHON chooses the interpreter, DATABASE_URL the demo's database, PORT the demo's port.
 
 PYTHON ?= python3
 export PORT ?= 8000
-ARGS ?=
+ARGS ?= -n 3
 
 VENV := .venv
 BIN := $(VENV)/bin

@@ -34,6 +34,8 @@ def django_db_setup(
     keep = django_db_keepdb and not django_db_createdb
     with django_db_blocker.unblock():
         made = setup_databases(verbosity, False, aliases=set(settings.DATABASES), keepdb=keep)
+    # For the processes that tests start: in a parallel run each worker has databases of its own.
+    os.environ["TEST_DATABASE_NAME"] = settings.DATABASES["default"]["NAME"]
     yield
     with django_db_blocker.unblock():
         gc.collect()
