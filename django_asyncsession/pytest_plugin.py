@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
+    from django.test import AsyncClient
+
     from .interface import Databases
     from .session import Session
     from .sharing import Sharing
@@ -87,6 +89,18 @@ def async_session(async_databases: Databases) -> Generator[Session]:
     session = own_session()
     yield session
     session.end()
+
+
+@pytest.fixture
+def async_client_native(async_databases: Databases) -> Generator[AsyncClient]:
+    """Django's `AsyncClient`, with native mode on: Django's own async methods in views run in the
+    session of the request, without threads."""
+    from django.conf import settings
+    from django.test import AsyncClient, override_settings
+
+    given = getattr(settings, "ASYNC_SESSION", {})
+    with override_settings(ASYNC_SESSION={**given, "NATIVE_ORM": True}):
+        yield AsyncClient()
 
 
 @pytest.fixture

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Iterator
 from typing import Any
 
+import factory
 import pytest
 from asgiref.sync import async_to_sync, sync_to_async
 from django.db import IntegrityError, connections, transaction
+from django.db.models.signals import post_save
 from django.http import HttpRequest, HttpResponse, JsonResponse, StreamingHttpResponse
 from django.test import AsyncClient, Client, override_settings
 from django.urls import path
+from model_bakery import baker
 
 from django_asyncsession import databases, sharing
 from django_asyncsession.exceptions import (
@@ -60,7 +64,15 @@ def sync_name(request: HttpRequest, pk: int) -> HttpResponse:
     return JsonResponse({"name": User.objects.using(alias).get(pk=pk).name})
 
 
+async def rename_natively(request: HttpRequest, pk: int) -> HttpResponse:
+    user = await User.objects.using(request.db_session.alias).aget(pk=pk)  # type: ignore[attr-defined]
+    user.name = "renamed"
+    await user.asave()
+    return JsonResponse({"name": user.name})
+
+
 urlpatterns = [
+    path("natively/<int:pk>", rename_natively),
     path("rename/<int:pk>", rename),
     path("fail/<int:pk>", fail),
     path("names", names),
@@ -208,6 +220,65 @@ async def test_other_databases_stay_refused_in_a_session(alias: str, user: User)
         with pytest.raises(Exception, match="is not the database of this session"):
             await session.run_sync(User.objects.using(other).count)
     assert await User.objects.using(other).acount() == 0
+
+
+@pytest.mark.usefixtures("site")
+async def test_native_mode_works_in_the_test(alias: str, user: User, request: Any) -> None:
+    client = request.getfixturevalue("async_client_native")
+    threads: list[int] = []
+
+    def saved(**kwargs: Any) -> None:
+        threads.append(threading.get_ident())
+
+    post_save.connect(saved, sender=User)
+    response = await client.get(f"/natively/{user.pk}")
+    post_save.disconnect(saved, sender=User)
+    assert response.json() == {"name": "renamed"}
+    assert threads == [threading.get_ident()]
+    async with databases[alias].get_session() as session:
+        assert (await session.get_one(User, user.pk)).name == "renamed"
+
+
+async def test_the_own_session_costs_one_savepoint(alias: str, request: Any) -> None:
+    wrapper = connections[alias]
+    wrapper.force_debug_cursor = True
+    wrapper.queries_log.clear()
+    with override_settings(ASYNC_SESSION={"ALIAS": alias}):
+        session = request.getfixturevalue("async_session")
+    assert not wrapper.queries_log
+    await session.fetch_value(COUNT)
+    await session.fetch_value(COUNT)
+    wrapper.force_debug_cursor = False
+    sent = [query["sql"].split()[0] for query in wrapper.queries_log]
+    assert sent == ["SAVEPOINT", "SELECT", "SELECT"]
+
+
+# Factories
+
+
+async def test_factory_boy_in_a_session_and_in_a_thread(alias: str) -> None:
+    class UserFactory(factory.django.DjangoModelFactory):
+        name = factory.Sequence("user {}".format)
+
+        class Meta:
+            model = User
+            database = alias
+
+    user = await sync_to_async(UserFactory)(name="by a thread")
+    async with databases[alias].get_session() as session:
+        await session.run_sync(UserFactory, name="by a session")
+        await session.run_sync(UserFactory.create_batch, 3)
+        assert await session.fetch_value(COUNT) == 5
+        assert (await session.get_one(User, user.pk)).name == "by a thread"
+
+
+async def test_model_bakery_in_a_session_and_in_a_thread(alias: str) -> None:
+    book = await sync_to_async(baker.make)(Book, title="by a thread", _using=alias)
+    async with databases[alias].get_session() as session:
+        await session.run_sync(baker.make, Book, _quantity=2, _using=alias)
+        assert await session.fetch_value("SELECT count(*) FROM tests_book") == 3
+        assert (await session.get_one(Book, book.pk)).title == "by a thread"
+    assert await Author.objects.using(alias).acount() == 3
 
 
 # Sessions that are open at the same time
