@@ -17,6 +17,7 @@ TEST = [
     *MYSQL,
     *DEMO,
     "anyio>=4.9",
+    "channels>=4.2",
     "factory-boy>=3.3",
     "httpx>=0.28",
     "hypothesis>=6.130",

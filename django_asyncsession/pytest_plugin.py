@@ -73,8 +73,9 @@ def _asyncsession_sharing(_asyncsession_shared: None) -> Generator[Sharing]:
 
 
 @pytest.fixture
-def async_databases(_django_db_helper: None) -> Databases:
+def async_databases(db: Any, _django_db_helper: None) -> Databases:
     """`django_asyncsession.databases`, for a test that may use the databases."""
+    # By the name `db` pytest-django knows which databases to make; a project may have its own.
     from .interface import databases
 
     return databases

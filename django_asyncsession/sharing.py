@@ -81,14 +81,12 @@ class SharedLease(Lease[BridgedMixin]):
     def _is_unfinished(self) -> bool:
         """Whether its savepoint is open: of a session in autocommit mode, or one that could not
         end it."""
-        wrapper = self._source.wrapper
-        is_open = len(wrapper.savepoint_ids) > self.depth[0]
-        return is_open and not self.released and not wrapper.closed_in_transaction
+        return not self.released and len(self._source.wrapper.savepoint_ids) > self.depth[0]
 
     def _end(self) -> None:
         wrapper = self._source.wrapper
-        failed = wrapper.transaction_state is TransactionState.FAILED
-        if failed or not self.autocommit or len(wrapper.savepoint_ids) > self.depth[0] + 1:
+        sound = wrapper.transaction_state is TransactionState.ACTIVE
+        if not sound or not self.autocommit or len(wrapper.savepoint_ids) > self.depth[0] + 1:
             wrapper.unwind(self)
         else:
             # Each statement that succeeded is saved.

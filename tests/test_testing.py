@@ -10,6 +10,8 @@ from typing import Any
 import factory
 import pytest
 from asgiref.sync import async_to_sync, sync_to_async
+from asgiref.testing import ApplicationCommunicator
+from channels.generic.websocket import AsyncJsonWebsocketConsumer
 from django.db import IntegrityError, connections, transaction
 from django.db.models.signals import post_save
 from django.http import HttpRequest, HttpResponse, JsonResponse, StreamingHttpResponse
@@ -17,7 +19,7 @@ from django.test import AsyncClient, Client, override_settings
 from django.urls import path
 from model_bakery import baker
 
-from django_asyncsession import databases, sharing
+from django_asyncsession import Session, databases, inject_session, sharing
 from django_asyncsession.exceptions import (
     PoolTimeout,
     SessionClosedError,
@@ -78,6 +80,11 @@ urlpatterns = [
     path("names", names),
     path("sync/<int:pk>", sync_name),
 ]
+
+
+@pytest.fixture
+def db() -> None:
+    """Not the one of the other tests, which commit."""
 
 
 @pytest.fixture
@@ -251,6 +258,28 @@ async def test_the_own_session_costs_one_savepoint(alias: str, request: Any) -> 
     wrapper.force_debug_cursor = False
     sent = [query["sql"].split()[0] for query in wrapper.queries_log]
     assert sent == ["SAVEPOINT", "SELECT", "SELECT"]
+
+
+# Consumers
+
+
+class Counter(AsyncJsonWebsocketConsumer):
+    @inject_session
+    async def receive_json(self, content: Any, session: Session) -> None:
+        await session.add(User(name=content["name"]))
+        await self.send_json({"users": await session.fetch_value(COUNT)})
+
+
+@pytest.mark.usefixtures("site")
+async def test_a_channels_consumer_works_in_the_test(alias: str, user: User) -> None:
+    communicator = ApplicationCommunicator(Counter.as_asgi(), {"type": "websocket"})
+    await communicator.send_input({"type": "websocket.connect"})
+    assert (await communicator.receive_output())["type"] == "websocket.accept"
+    await communicator.send_input({"type": "websocket.receive", "text": '{"name": "visitor"}'})
+    assert (await communicator.receive_output())["text"] == '{"users": 2}'
+    await communicator.send_input({"type": "websocket.disconnect", "code": 1000})
+    await communicator.wait()
+    assert await User.objects.using(alias).acount() == 2
 
 
 # Factories

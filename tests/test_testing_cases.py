@@ -197,6 +197,30 @@ def test_the_next_test_starts_clean(alias: str, name: str, failures: int, told: 
     ran_sessions.clear()
 
 
+class Lost(AsyncSessionTestCase):
+    __test__ = False
+    alias: ClassVar[str]
+
+    async def test(self) -> None:
+        ran.append("lost")
+        async with databases[self.alias].get_session() as session:
+            await session.execute(KILL[connections[self.alias].vendor])
+
+
+KILL = {
+    "postgresql": "SELECT pg_terminate_backend(pg_backend_pid())",
+    "mysql": "KILL CONNECTION CONNECTION_ID()",
+}
+
+
+def test_after_a_lost_connection_the_next_class_has_another(alias: str) -> None:
+    if connections[alias].vendor not in KILL:
+        pytest.skip("no server that could close a connection")
+    assert len(run(Lost, alias=alias).errors) >= 1
+    ran.clear()
+    check(run(Many, alias=alias))
+
+
 class Transactional(AsyncSessionTransactionTestCase):
     __test__ = False
     alias: ClassVar[str]

@@ -111,6 +111,17 @@ def test_every_async_plugin_and_mode(project: pytest.Pytester, mark: str, args: 
     run(project, TWICE.format(mark=mark), *args).assert_outcomes(passed=3)
 
 
+def test_a_fixture_alone_makes_the_databases(project: pytest.Pytester) -> None:
+    result = run(
+        project,
+        """
+async def test(async_session):
+    assert await async_session.fetch_value(COUNT) == 0
+""",
+    )
+    result.assert_outcomes(passed=1)
+
+
 def test_each_worker_of_xdist_has_its_databases(project: pytest.Pytester) -> None:
     result = run(project, TWICE.format(mark=""), "-n", "2")
     result.assert_outcomes(passed=3)

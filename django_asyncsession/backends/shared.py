@@ -169,6 +169,11 @@ class SharedMixin(BridgedMixin):
         self.abandoned = self.cut = self.dead = False
         super().connect()
 
+    def close_if_unusable_or_obsolete(self) -> None:
+        # Django's handlers, and Channels, close what is in a transaction, as nobody else should be.
+        if not self.in_atomic_block:
+            super().close_if_unusable_or_obsolete()
+
     def create_cursor(self, name: str | None = None) -> Any:
         with self.exclusive:
             return super().create_cursor(name)
