@@ -554,13 +554,18 @@ async def test_only_the_cache_in_the_database_is_routed(backend: str, threads: l
         "LOCATION": places[backend],
     }
     with override_settings(CACHES={"default": entry}):
-        await sync_to_async(call_command)("createcachetable", verbosity=0)
+        await sync_to_async(_make_cache_table)()
         threads.clear()
         async with databases["default"].get_session() as session, native.use(session):
             await caches["default"].aset("key", "value")
             assert await caches["default"].aget("key") == "value"
     assert bool(threads) is (backend == "locmem")
     await databases.close_all()
+
+
+def _make_cache_table() -> None:
+    call_command("createcachetable", verbosity=0)
+    connection.close()
 
 
 async def test_what_opts_out_keeps_its_thread(threads: list[str]) -> None:
