@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 import threading
 import time
@@ -13,6 +14,7 @@ from typing import Any
 import httpx
 import pytest
 from django.contrib import admin, messages
+from django.contrib.auth.models import Group
 from django.contrib.auth.models import User as Account
 from django.core.handlers.asgi import ASGIHandler
 from django.db import connection
@@ -214,3 +216,72 @@ async def test_200_mixed_requests_start_no_thread(started: list[str]) -> None:
         assert started == []
     assert {status for status, _ in got} == {200, 302}
     assert got[4:6] == [(200, "1"), (200, "sync 0 is saved")]
+    assert got[-3][1].startswith("sync 0;async;not committed yet;sync 1;")
+    assert got[-8][1] == "20 groups"
+
+
+async def test_native_mode_gives_the_same_answers_as_threads() -> None:
+    answers = []
+    for native_mode in (NATIVE, {"NATIVE_ORM": True}, {}):
+        await asyncio.to_thread(an_admin)
+        async with visitor(ASYNC_SESSION=native_mode) as client:
+            await log_in(client)
+            answers.append(await browse(client, rounds=2))
+        await asyncio.to_thread(_empty)
+    assert answers[0] == answers[1] == answers[2]
+
+
+def _empty() -> None:
+    for model in (User, Account, Group):
+        model.objects.all().delete()
+    connection.close()
+
+
+async def test_a_sync_view_is_in_the_requests_transaction() -> None:
+    async with visitor() as client:
+        assert (await client.get("/ident/")).text == str(threading.get_ident())
+        data = {"name": "half", "fail": "yes"}
+        assert (await client.post("/create/", data=data)).status_code == 500
+        assert (await client.post("/create/", data={"name": "whole"})).text == "1"
+        assert (await client.get("/missing/")).status_code == 404
+
+
+async def test_a_sync_view_that_uses_no_database_takes_no_connection() -> None:
+    async with visitor(MIDDLEWARE=MIDDLEWARE[:2]) as client:
+        await client.get("/ident/")
+        assert databases["default"].stats()["pool_size"] == 0
+
+
+@pytest.mark.parametrize("url", ["/kept/", "/kept-class/"])
+async def test_a_view_that_opts_out_keeps_its_thread(url: str) -> None:
+    async with visitor() as client:
+        assert (await client.get(url)).text != str(threading.get_ident())
+
+
+@pytest.mark.parametrize("name", ["Foreign", "sync_only"])
+async def test_middleware_of_other_packages_keeps_its_thread(name: str) -> None:
+    async with visitor(MIDDLEWARE=[*MIDDLEWARE, f"{__name__}.{name}"]) as client:
+        response = await client.get("/ident/")
+        assert response.headers[name.lower().replace("_", "-")] != str(threading.get_ident())
+        assert response.text == str(threading.get_ident())
+
+
+async def test_without_the_setting_sync_views_keep_their_thread() -> None:
+    async with visitor(ASYNC_SESSION={"NATIVE_ORM": True}) as client:
+        assert (await client.get("/ident/")).text != str(threading.get_ident())
+
+
+async def test_a_template_responses_lazy_querysets_are_in_the_session() -> None:
+    async with visitor(ASYNC_SESSION={"NATIVE_ORM": True}) as client:
+        assert (await client.get("/lazy/")).text == "not committed yet"
+
+
+async def test_code_that_blocks_the_loop_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    settings = {**NATIVE, "LOOP_BLOCK_WARNING_SECONDS": 0.04}
+    with caplog.at_level(logging.WARNING, "django_asyncsession"):
+        async with visitor(ASYNC_SESSION=settings, MIDDLEWARE=MIDDLEWARE[:1]) as client:
+            await client.get("/ident/")
+            caplog.clear()
+            await client.get("/blocks/")
+            named = [r.message for r in caplog.records if f"{__name__}.blocks" in r.message]
+    assert len(named) == 1 and re.search(r"blocked the event loop for 0\.\d{3} s", named[0])
