@@ -53,7 +53,7 @@ CONTESTANTS = {
     "async test, db, without the toolkit": ("", "async def test(number, db): pass"),
     "async test, db, with the toolkit": (PLUGIN, "async def test(number, db): pass"),
     "async test, async_session, unused": (PLUGIN, "async def test(number, async_session): pass"),
-    "async test, aget() in a thread, without the toolkit": (
+    "async test, acount() in a thread, without the toolkit": (
         "",
         "async def test(number, db): assert await Group.objects.acount() == 0",
     ),

@@ -401,7 +401,9 @@ class LeakCheck:
     def __enter__(self) -> None:
         self._before = _all_leases()
         gc.collect()
-        self._recorded = self._warnings.__enter__() or []
+        recorded = self._warnings.__enter__()
+        assert recorded is not None
+        self._recorded = recorded
         warnings.simplefilter("always", ResourceWarning)
 
     def __exit__(

@@ -16,8 +16,14 @@ from django.db import connections, transaction
 from django.test import override_settings
 
 from django_asyncsession import databases
-from django_asyncsession.exceptions import SharedConnectionWarning
-from django_asyncsession.testing import AsyncSessionTestCase, AsyncSessionTransactionTestCase
+from django_asyncsession.exceptions import ConfigurationError, SharedConnectionWarning
+from django_asyncsession.testing import (
+    AsyncSessionTestCase,
+    AsyncSessionTransactionTestCase,
+    assert_no_leaks,
+    capture_on_commit_callbacks,
+    capture_queries,
+)
 from tests import test_testing
 from tests.models import User
 
@@ -234,6 +240,37 @@ class Transactional(AsyncSessionTransactionTestCase):
             self.assertEqual(databases[self.alias].stats()["pool_size"], 2)
         await self.session.fetch_value(COUNT)
         self.assertEqual(await User.objects.using(self.alias).acount(), 1)
+
+    async def test_statements_on_connections_of_pools_are_counted(self) -> None:
+        ran.append("counted")
+        async with databases[self.alias].get_session(read_only=True) as one:
+            await one.fetch_value(COUNT)
+            with capture_queries() as queries:
+                await one.fetch_value(COUNT)
+                async with databases[self.alias].get_session(read_only=True) as other:
+                    await other.fetch_value(COUNT)
+            await one.fetch_value(COUNT)
+        self.assertEqual([query["sql"] for query in queries], [COUNT, COUNT])
+        self.assertIsNone(databases[self.alias].source)
+
+    async def test_callbacks_need_no_capture(self) -> None:
+        ran.append("callbacks")
+        with self.assertRaisesRegex(ConfigurationError, "callbacks run at the commit"):
+            async with capture_on_commit_callbacks():
+                pass
+        done: list[str] = []
+        async with databases[self.alias].get_session() as session:
+            await session.add(User(name="x"))
+            session.on_commit(lambda: done.append("done"))
+        self.assertEqual(done, ["done"])
+
+    async def test_a_dropped_session_is_a_leak(self) -> None:
+        ran.append("dropped")
+        with self.assertRaisesRegex(AssertionError, "test_testing_cases.py.* was never closed"):
+            async with assert_no_leaks():
+                session = databases[self.alias].get_session(begin_on_use=True)
+                await session.fetch_value(COUNT)
+                del session
 
     async def test_the_tables_are_empty(self) -> None:
         ran.append("empty")
