@@ -40,7 +40,17 @@ def django_db_setup(
     with django_db_blocker.unblock():
         gc.collect()
         if not django_db_keepdb:
+            _end_other_sessions()
             teardown_databases(made, verbosity)
+
+
+def _end_other_sessions() -> None:
+    """A thread that a test ran Django's own code in keeps a connection, and so the database."""
+    with connections["default"].cursor() as cursor:
+        cursor.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+            "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        )
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -462,7 +462,8 @@ class Mixin(BridgedMixin, _Base):
     unanswered = False
 
     def get_new_connection(self, conn_params: dict[str, Any]) -> Any:
-        thread = self._thread = DriverThread(f"database {self.alias}")
+        whose = "database" if self.pooled else "sync database"
+        thread = self._thread = DriverThread(f"{whose} {self.alias}")
         connection = self.connection_class(self, thread)
         try:
             connection._open(partial(self.connect_driver, conn_params))
