@@ -15,6 +15,13 @@ SAVEPOINT_NAME = re.compile(r"""[^"'`\x00\\%]+""")
 MAX_NAME_BYTES = 63
 # Nothing but comments; what MySQL runs although it looks like a comment, /*! ... */, is none.
 NO_STATEMENT = re.compile(r"(?:[\s;]|--[^\n]*|#[^\n]*|/\*(?!M?!).*?\*/)*", re.DOTALL)
+# One token of SQL as the standard, and PostgreSQL, read it: no backslash escapes in '...', only in
+# E'...'.
+TOKEN = re.compile(
+    r"""(?P<nothing>\s+|--[^\n]*|/\*(?!M?!).*?\*/)|(?P<end>;)|\b[eE]'(?:[^'\\]|\\.|'')*'|'(?:[^']|'')*'
+    |"(?:[^"]|"")*"|`[^`]*`|\$(?P<tag>\w*)\$.*?\$(?P=tag)\$|\w+|.""",
+    re.DOTALL | re.VERBOSE,
+)
 
 
 def check_one_statement(sql: Any) -> None:
@@ -31,10 +38,23 @@ def check_one_statement(sql: Any) -> None:
     if ";" not in sql.rstrip().rstrip(";"):
         return
     count = len(split_script(sql))
+    if "\\" in sql:
+        # Databases differ in what a backslash does: it must be one statement in either reading.
+        count = max(count, _count_standard(sql))
     if count > 1:
         raise MultipleStatements(
             f"{count} statements where one is taken; use execute_script() for scripts"
         )
+
+
+def _count_standard(sql: str) -> int:
+    count, begun = 0, False
+    for token in TOKEN.finditer(sql):
+        if token["end"]:
+            begun = False
+        elif token["nothing"] is None and not begun:
+            count, begun = count + 1, True
+    return count
 
 
 def split_script(sql: str) -> list[str]:

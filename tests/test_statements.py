@@ -26,6 +26,8 @@ ONE = [
     "DO $$ BEGIN PERFORM 1; PERFORM 2; END $$",
     "CREATE FUNCTION f() RETURNS int LANGUAGE plpgsql AS $x$ BEGIN RETURN 1; END $x$;",
     "CREATE TRIGGER t AFTER INSERT ON a BEGIN UPDATE b SET i=1; DELETE FROM c; END",
+    r"SELECT E'it\'s; fine'",
+    r"""SELECT 'C:\\', $$a\; b$$, "c\;d" -- \; e""",
     "",
     " ; ",
 ]
@@ -38,6 +40,8 @@ MANY = [
     ("SELECT CASE WHEN 1=1 THEN 2 END; DROP TABLE x", 2),
     ("CREATE TABLE a (i int); DROP TABLE b", 2),
     ("BEGIN; DELETE FROM x", 2),
+    # One string where a backslash escapes, and two statements in PostgreSQL.
+    (r"SELECT '\'; DROP TABLE x; --'", 2),
     # MySQL runs what is in such a comment.
     ("SELECT 1; /*! DROP TABLE x */", 2),
 ]
