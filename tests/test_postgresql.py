@@ -509,12 +509,11 @@ async def test_our_engine_awaits_in_the_bridge_although_nobody_pooled_it() -> No
 # Really async
 
 
-async def test_ninety_sessions_sleep_at_the_same_time_and_no_thread_is_started(
+async def test_a_hundred_sessions_sleep_at_the_same_time_and_no_thread_is_started(
     own_server: OwnServer,
 ) -> None:
-    # The server of these tests has room for a hundred connections.
-    db = DatabaseInterface.from_dsn(own_server.dsn() + "?pool_max_size=90", alias="own")
-    leases = await asyncio.gather(*(db.acquire() for _ in range(90)))
+    db = DatabaseInterface.from_dsn(own_server.dsn() + "?pool_max_size=100", alias="own")
+    leases = await asyncio.gather(*(db.acquire() for _ in range(100)))
     for lease in leases:
         lease.release()
     threads = threading.active_count()
@@ -523,9 +522,12 @@ async def test_ninety_sessions_sleep_at_the_same_time_and_no_thread_is_started(
         async with db.get_session() as session:
             await session.execute("SELECT pg_sleep(0.3)")
 
-    with Elapsed() as took:
-        await asyncio.gather(*(sleep() for _ in range(90)))
-    assert took.seconds < 3, "one after the other they need 27"
+    times = []
+    for _ in range(3):
+        with Elapsed() as took:
+            await asyncio.gather(*(sleep() for _ in range(100)))
+        times.append(took.seconds)
+    assert min(times) < 1, "one after the other they need 30"
     assert threading.active_count() == threads
     await db.close()
 
