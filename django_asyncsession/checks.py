@@ -205,7 +205,8 @@ def check_server_connections(databases: Sequence[str] | None = None, **kwargs: A
         return []
     from .interface import databases as interfaces
 
-    wanted = interfaces[_alias()].stats()["pool_max"] * int(os.environ.get("WEB_CONCURRENCY", 1))
+    workers = os.environ.get("WEB_CONCURRENCY", "")
+    wanted = interfaces[_alias()].stats()["pool_max"] * (int(workers) if workers.isdigit() else 1)
     available = _server_connections(interfaces[_alias()])
     if available is None or wanted <= available:
         return []
