@@ -10,9 +10,10 @@ from typing import Any
 
 import django
 import pytest
+from asgiref.sync import sync_to_async
 from django.core.exceptions import PermissionDenied, SuspiciousOperation
 from django.core.handlers.asgi import ASGIHandler
-from django.db import IntegrityError, ProgrammingError, connections
+from django.db import DatabaseError, IntegrityError, connections
 from django.http import Http404, HttpRequest, HttpResponse, StreamingHttpResponse
 from django.template.response import TemplateResponse
 from django.test import AsyncClient, Client, override_settings
@@ -21,6 +22,7 @@ from django.urls import path
 from django_asyncsession import Session, SyncContextError, databases
 from django_asyncsession.interface import DatabaseInterface
 from tests.models import User
+from tests.sessions import slow as slow_sql
 
 MIDDLEWARE = ["django_asyncsession.middleware.AsyncSessionMiddleware"]
 pytestmark = pytest.mark.usefixtures("empty_tables")
@@ -32,7 +34,7 @@ async def add(request: HttpRequest) -> HttpResponse:
 
 
 async def idle(request: HttpRequest) -> HttpResponse:
-    return HttpResponse(repr(databases["default"].stats()["requests_num"]))
+    return HttpResponse(repr(request.db_session.bind.stats()["requests_num"]))
 
 
 def failing(error: BaseException) -> Callable[[HttpRequest], Awaitable[HttpResponse]]:
@@ -50,7 +52,7 @@ async def breaks_while_rendering(request: HttpRequest) -> HttpResponse:
 
 async def swallows(request: HttpRequest) -> HttpResponse:
     await request.db_session.add(User(name="lost"))
-    with suppress(ProgrammingError):
+    with suppress(DatabaseError):
         await request.db_session.execute("SELECT * FROM no_such_table")
     return HttpResponse("saved")
 
@@ -69,6 +71,15 @@ def sync_view_without_session(request: HttpRequest) -> HttpResponse:
     return HttpResponse("fine")
 
 
+# The numbers from 1 on, one in a row.
+NUMBERS = {
+    "postgresql": "SELECT generate_series(1, {})",
+    "mysql": "SELECT seq FROM seq_1_to_{}",
+    "sqlite": "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {}) "
+    "SELECT i FROM n",
+}
+
+
 class Stream:
     """What the streaming views do, and what became of them."""
 
@@ -83,10 +94,10 @@ async def streaming(request: HttpRequest) -> StreamingHttpResponse:
     await session.add(User(name="before the body"))
 
     async def body() -> AsyncIterator[str]:
-        async for row in session.stream(f"SELECT * FROM generate_series(1, {Stream.rows}) AS n"):
-            if row.n == Stream.error_at:
+        async for row in session.stream(NUMBERS[session.bind.vendor].format(Stream.rows)):
+            if row[0] == Stream.error_at:
                 raise ValueError("broken body")
-            yield f"{row.n}\n"
+            yield f"{row[0]}\n"
             Stream.started.set()
 
     return StreamingHttpResponse(body())
@@ -95,7 +106,7 @@ async def streaming(request: HttpRequest) -> StreamingHttpResponse:
 async def slow(request: HttpRequest) -> HttpResponse:
     await request.db_session.add(User(name="slow"))
     Stream.started.set()
-    await request.db_session.execute("SELECT pg_sleep(30)")
+    await request.db_session.fetch(slow_sql(request.db_session.bind, 30))
     return HttpResponse("never")
 
 
@@ -117,18 +128,37 @@ urlpatterns = [
 
 
 @pytest.fixture(autouse=True)
-async def database() -> AsyncIterator[DatabaseInterface]:
+async def database(alias: str) -> AsyncIterator[DatabaseInterface]:
+    """Each database in turn is that of the middleware."""
     Stream.rows, Stream.error_at = 5, None
     Stream.started, Stream.ended = asyncio.Event(), None
-    with override_settings(ROOT_URLCONF=__name__, MIDDLEWARE=MIDDLEWARE):
-        yield databases["default"]
-        await wait_until_clean()
+    with override_settings(
+        ROOT_URLCONF=__name__, MIDDLEWARE=MIDDLEWARE, ASYNC_SESSION={"ALIAS": alias}
+    ):
+        yield databases[alias]
+        await wait_until_clean(databases[alias])
         await databases.close_all()
 
 
-async def wait_until_clean() -> None:
+# How many statements each server runs for long; SQLite has no server.
+BUSY = {
+    "postgresql": "SELECT count(*) FROM pg_stat_activity "
+    "WHERE query LIKE 'SELECT pg_sleep(30)%' AND state <> 'idle'",
+    "mysql": "SELECT count(*) FROM information_schema.processlist WHERE info LIKE '%sleep(30%'"
+    " AND info NOT LIKE '%processlist%'",
+    "sqlite": "SELECT 0",
+}
+
+
+async def busy(db: DatabaseInterface) -> int:
+    """How many of the slow view's statements still run."""
+    async with db.get_session(autocommit=True) as session:
+        return int(await session.fetch_value(BUSY[db.vendor]))
+
+
+async def wait_until_clean(db: DatabaseInterface) -> None:
     """Every connection is back in its pool, which takes two seconds at the most."""
-    pool = databases["default"].pool()
+    pool = db.pool()
     async with asyncio.timeout(3):
         while pool.stats()["pool_available"] != pool.stats()["pool_size"]:
             await asyncio.sleep(0.01)
@@ -140,9 +170,9 @@ def quiet() -> Iterator[AsyncClient]:
     yield AsyncClient(raise_request_exception=False)
 
 
-def names() -> list[str]:
+def names(alias: str) -> list[str]:
     """What is committed, seen from a connection of the test's own."""
-    connection = connections["default"]
+    connection = connections[alias]
     try:
         with connection.cursor() as cursor:
             cursor.execute("SELECT name FROM tests_user UNION ALL SELECT name FROM tests_tag")
@@ -152,10 +182,8 @@ def names() -> list[str]:
 
 
 @pytest.fixture
-def saved() -> Callable[[], Awaitable[list[str]]]:
-    from asgiref.sync import sync_to_async
-
-    return sync_to_async(names)
+def saved(alias: str) -> Callable[[], Awaitable[list[str]]]:
+    return lambda: sync_to_async(names)(alias)
 
 
 async def test_commits_before_the_response_leaves(saved: Any) -> None:
@@ -164,9 +192,11 @@ async def test_commits_before_the_response_leaves(saved: Any) -> None:
     assert await saved() == ["added"]
 
 
-async def test_takes_no_connection_when_the_session_is_not_used() -> None:
+async def test_takes_no_connection_when_the_session_is_not_used(
+    database: DatabaseInterface,
+) -> None:
     assert (await AsyncClient().get("/idle/")).content == b"0"
-    assert databases["default"].stats()["pool_size"] == 0
+    assert database.stats()["pool_size"] == 0
 
 
 @pytest.mark.parametrize(
@@ -265,16 +295,16 @@ async def test_each_request_has_its_own_session(saved: Any) -> None:
 
 
 async def test_without_atomic_requests_the_session_is_in_autocommit_mode(
-    quiet: AsyncClient, saved: Any
+    alias: str, quiet: AsyncClient, saved: Any
 ) -> None:
-    with override_settings(ASYNC_SESSION={"ATOMIC_REQUESTS": False}):
+    with override_settings(ASYNC_SESSION={"ALIAS": alias, "ATOMIC_REQUESTS": False}):
         await quiet.get("/value-error/")
     assert await saved() == ["half"]
 
 
-async def test_the_session_is_under_the_name_that_is_set() -> None:
+async def test_the_session_is_under_the_name_that_is_set(alias: str) -> None:
     with (
-        override_settings(ASYNC_SESSION={"REQUEST_ATTRIBUTE": "other"}),
+        override_settings(ASYNC_SESSION={"ALIAS": alias, "REQUEST_ATTRIBUTE": "other"}),
         pytest.raises(AttributeError, match="db_session"),
     ):
         await AsyncClient().get("/add/")
@@ -304,11 +334,11 @@ async def test_a_body_that_raises_rolls_back(saved: Any) -> None:
 
 
 async def test_a_body_that_never_starts_ends_its_session_when_the_response_is_closed(
-    saved: Any,
+    database: DatabaseInterface, saved: Any
 ) -> None:
     response = await AsyncClient().get("/stream/")
     await asyncio.to_thread(response.close)
-    await wait_until_clean()
+    await wait_until_clean(database)
     assert Stream.ended is not None and Stream.ended.closed
     assert await saved() == []
 
@@ -320,7 +350,7 @@ class DropsTheResponse(AnswersExceptions):
 
 
 async def test_a_response_that_is_dropped_ends_its_session_without_the_garbage_collector(
-    saved: Any,
+    database: DatabaseInterface, saved: Any
 ) -> None:
     gc.disable()
     try:
@@ -328,7 +358,7 @@ async def test_a_response_that_is_dropped_ends_its_session_without_the_garbage_c
             connection = Connection("/stream/")
             await connection.run()
         assert connection.body == b"another one"
-        await wait_until_clean()
+        await wait_until_clean(database)
     finally:
         gc.enable()
     assert Stream.ended is not None and Stream.ended.closed
@@ -378,7 +408,9 @@ class Connection:
         return b"".join(message.get("body", b"") for message in self.sent)
 
 
-async def test_a_client_that_leaves_in_mid_query_rolls_back(saved: Any) -> None:
+async def test_a_client_that_leaves_in_mid_query_rolls_back(
+    database: DatabaseInterface, saved: Any
+) -> None:
     connection = Connection("/slow/")
     task = asyncio.create_task(connection.run())
     await Stream.started.wait()
@@ -387,23 +419,27 @@ async def test_a_client_that_leaves_in_mid_query_rolls_back(saved: Any) -> None:
         await task
     except BaseException as exc:
         assert not isinstance(exc, AssertionError)
-    await wait_until_clean()
+    await wait_until_clean(database)
     assert await saved() == []
-    assert await _busy_backends() == 0
+    assert await busy(database) == 0
 
 
-async def test_a_client_that_leaves_while_the_body_is_sent_leaves_it_committed(saved: Any) -> None:
+async def test_a_client_that_leaves_while_the_body_is_sent_leaves_it_committed(
+    database: DatabaseInterface, saved: Any
+) -> None:
     connection = Connection("/add/", leave_after=1)
     await connection.run()
-    await wait_until_clean()
+    await wait_until_clean(database)
     assert await saved() == ["added"]
 
 
-async def test_a_client_that_leaves_a_stream_rolls_back(saved: Any) -> None:
+async def test_a_client_that_leaves_a_stream_rolls_back(
+    database: DatabaseInterface, saved: Any
+) -> None:
     Stream.rows = 100_000
     connection = Connection("/stream/", leave_after=3)
     await connection.run()
-    await wait_until_clean()
+    await wait_until_clean(database)
     assert b"1\n" in connection.body
     assert Stream.ended is not None and Stream.ended.closed
     assert await saved() == []
@@ -415,7 +451,7 @@ async def test_a_client_that_leaves_a_stream_rolls_back(saved: Any) -> None:
 )
 @pytest.mark.parametrize("url", ["/slow/", "/stream/"])
 async def test_a_server_that_cancels_the_request_leaves_nothing_behind(
-    url: str, saved: Any
+    database: DatabaseInterface, url: str, saved: Any
 ) -> None:
     Stream.rows = 100_000
     connection = Connection(url, leave_after=3, says_so=False)
@@ -423,13 +459,7 @@ async def test_a_server_that_cancels_the_request_leaves_nothing_behind(
     await Stream.started.wait()
     task.cancel()
     await asyncio.wait([task])
-    await wait_until_clean()
+    await wait_until_clean(database)
     del task, connection
     gc.collect()
     assert await saved() == []
-
-
-async def _busy_backends() -> int:
-    async with databases["default"].get_session(autocommit=True) as session:
-        sql = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE %s AND state <> 'idle'"
-        return int(await session.fetch_value(sql, ["SELECT pg_sleep(30)%"]))

@@ -34,7 +34,7 @@ from django.db.models.functions import Coalesce, Concat, Lower, Now, TruncMonth,
 from django.db.utils import load_backend
 
 from django_asyncsession import DatabaseInterface, Session, bridge, databases
-from django_asyncsession.backends.base import BridgedMixin
+from django_asyncsession.backends.base import BridgedMixin, served
 from django_asyncsession.exceptions import PoolError, SessionClosedError
 from tests.faults import (
     SERVER,
@@ -495,7 +495,8 @@ async def test_our_engine_awaits_in_the_bridge_although_nobody_pooled_it() -> No
     )
 
     def use() -> None:
-        with wrapper.cursor() as cursor:
+        # Receivers of connection_created ask for the connection of the alias.
+        with served(wrapper), wrapper.cursor() as cursor:
             cursor.execute("SELECT pg_sleep(0.2)")
 
     try:
