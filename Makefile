@@ -5,7 +5,7 @@
 
 PYTHON ?= python3
 export PORT ?= 8000
-ARGS ?= -n 3
+ARGS ?= -n 3 --dist loadfile
 
 VENV := .venv
 BIN := $(VENV)/bin
