@@ -26,6 +26,7 @@ TEST = [
     "pytest-asyncio>=1.1",
     "pytest-cov>=6.2",
     "pytest-django>=4.11",
+    "pytest-rerunfailures>=15",
     "pytest-xdist>=3.8",
     "pytest-timeout>=2.4",
     "uvloop>=0.21; platform_system != 'Windows'",

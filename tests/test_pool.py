@@ -304,15 +304,16 @@ async def test_timeout_names_the_pool_the_numbers_and_the_longest_holder() -> No
 async def test_a_task_that_waits_for_itself_is_told_so() -> None:
     async with pool_of(max_size=3, timeout=0.05) as (pool, _):
 
+        leases = []
+
         async def user() -> Any:
-            lease = await pool.acquire()
+            leases.append(await pool.acquire())
             await settled()
-            try:
-                return await outcome_of_here(pool.acquire())
-            finally:
-                lease.release()
+            return await outcome_of_here(pool.acquire())
 
         outcomes = await asyncio.gather(*(user() for _ in range(3)))
+        for lease in leases:
+            lease.release()
         assert all(isinstance(outcome, PoolTimeout) for outcome in outcomes)
         assert all("nested acquire" in str(outcome) for outcome in outcomes)
 
