@@ -303,7 +303,6 @@ async def test_timeout_names_the_pool_the_numbers_and_the_longest_holder() -> No
 
 async def test_a_task_that_waits_for_itself_is_told_so() -> None:
     async with pool_of(max_size=3, timeout=0.05) as (pool, _):
-
         leases = []
 
         async def user() -> Any:
