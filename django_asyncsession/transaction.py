@@ -543,7 +543,3 @@ def _end_later(coroutine: Coroutine[Any, Any, None]) -> None:
 
 class Rollback(Exception):
     """What the outermost block is told to make it roll back; nobody sees it."""
-
-
-def _budget(error: BaseException | None) -> float | None:
-    return None if error is None else CLEANUP_BUDGET
