@@ -57,6 +57,8 @@ class Executor:
         self._checkout = Checkout(database, self._site)
         self._blocks: list[Block] = []
         self._ready = False
+        # The first word of the first statement that did more than read; empty: there was none.
+        self.changed = ""
 
     # Statements
 
@@ -201,7 +203,12 @@ class Executor:
         if not self._ready:
             self._enter(wrapper)
             self._ready = True
-        return fn()
+        # A test's connection serves other transactions in between.
+        outer, wrapper.changed = wrapper.changed, self.changed
+        try:
+            return fn()
+        finally:
+            self.changed, wrapper.changed = wrapper.changed, outer
 
     def _enter(self, wrapper: BridgedMixin) -> None:
         """Begin on the connection; called in the bridge, before the first statement."""

@@ -214,6 +214,16 @@ class DatabaseInterface:
             **dict.fromkeys(("pool_size", "pool_available", "requests_waiting", *COUNTERS), 0),
         }
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether all sessions use one connection by turns, in a test's transaction."""
+        return getattr(self.source, "is_shared", False)
+
+    @property
+    def exports_snapshots(self) -> bool:
+        """Whether transactions of the database can share one snapshot."""
+        return self._wrapper_class.exports_snapshots
+
     # Sessions
 
     def get_session(self, **options: Any) -> Session:

@@ -21,7 +21,7 @@ import time
 import warnings
 import weakref
 from collections import Counter, deque
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator
 from functools import partial
 from numbers import Real
 from pathlib import Path
@@ -196,6 +196,8 @@ class Pool(Generic[C]):
         self._leases: weakref.WeakSet[Lease[C]] = weakref.WeakSet()
         # Places taken: idle, leased, being opened and being closed.
         self._size = self._opening = self._leased = 0
+        # Callers that keep a connection while they wait for another one.
+        self._keeping = 0
         self._openers: set[asyncio.Task[None]] = set()
         self._finishers: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
@@ -248,6 +250,22 @@ class Pool(Generic[C]):
             self._counts["connections_lost"] += 1
             lease.release(usable=False)
             del lease
+
+    @contextlib.contextmanager
+    def keeping_one(self) -> Iterator[bool]:
+        """For a caller that keeps its connection while it acquires a second one: whether that can
+        succeed.
+
+        Yields:
+            False when every other connection is kept by somebody who waits for a second one too,
+            so that all would wait for each other.
+        """
+        may_wait = self._keeping + 1 < self.options.limit
+        self._keeping += may_wait
+        try:
+            yield may_wait
+        finally:
+            self._keeping -= may_wait
 
     async def open(self) -> None:
         """Open `min_size` connections, or one, and wait for them.

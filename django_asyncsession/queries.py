@@ -369,6 +369,10 @@ class SelectQuery(_Filtered, Generic[T]):
         """As a subquery: in `in_(...)`, in `set(...)`, wherever a QuerySet may stand."""
         return cast(Any, self.queryset).resolve_expression(*args, **kwargs)
 
+    def on(self, session: Runner) -> Self:
+        """The same query, to be run in another session of the same database."""
+        return self._with(_session=session)
+
     def sql(self) -> tuple[str, tuple[Any, ...]]:
         """The SQL text and its parameters, without running it.
 

@@ -14,14 +14,14 @@ from collections.abc import (
     Iterable,
     Sequence,
 )
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager
 from types import TracebackType
 from typing import Any, ParamSpec, Protocol, Self, TypeVar
 from weakref import ref
 
 from django.db.models import Model
 
-from . import rows
+from . import parallel, rows
 from .blocks import Block
 from .checkout import Source, nothing_can_wait
 from .exceptions import SessionClosedError, SessionStateError
@@ -47,6 +47,9 @@ class Companions(Protocol):
         self, alias: str, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs
     ) -> T:
         """Call sync code with the connection of `alias`, and with others if it uses them."""
+
+    def beside(self, session: Session) -> AbstractContextManager[None]:
+        """Make another session the current one for a block."""
 
 
 class Session:
@@ -548,6 +551,42 @@ class Session:
         self._check_begun()
         async with self._new_transaction(autocommit=False) as transaction:
             yield transaction
+
+    async def gather(self, *reads: parallel.Read, limit: int = 4) -> list[Any]:
+        """Run reads at the same time, each on a pooled connection of its own, `limit` of them at
+        once; fewer when the pool has no more.
+
+        On PostgreSQL all of them see one snapshot of the data: that of this session's transaction
+        if its isolation level keeps one, else that of the moment. See `parallel.py` for the
+        cases in which they run one after the other on the session's own connection instead.
+
+        Args:
+            reads: SELECT queries of this session, QuerySets, and functions that take a session and
+                return something to be awaited: `lambda s: s.fetch_all(sql)`.
+            limit: connections to read on at the same time, 1 or more.
+
+        Returns:
+            The results in the order of the reads; those of QuerySets as lists.
+
+        Raises:
+            SessionStateError: the transaction has written, locked or set something, which the
+                other connections would not see.
+            TypeError: a coroutine, or something else that is no read.
+            ValueError: `limit` is below 1.
+            What the first read that failed raised; the others are stopped.
+        """
+        calls = parallel.checked(reads, self.alias, limit)
+        self._check_begun()
+        transaction = None if self._is_one_statement_mode else await self._current()
+        return await parallel.Gathering(self, calls, limit).run(transaction)
+
+    def _reader(self, isolation: str | None) -> Session:
+        """A new session for reading beside this one."""
+        options = {**self._options, "read_only": True}
+        options["isolation"] = isolation or self._options["isolation"]
+        # It waits for the others while it has nothing to do.
+        options["deferrable"] = options["idle_timeout"] = None
+        return Session(self.bind, **options)
 
     # Sync code
 

@@ -279,6 +279,17 @@ class SessionSet:
             # By value: a generator, or a greenlet, may end in another context than it began in.
             _current.set(outer)
 
+    @contextmanager
+    def beside(self, session: Session) -> Iterator[None]:
+        """Let Django's async methods run in one other session meanwhile, and each call on another
+        alias by itself."""
+        sessions = SessionSet(session, keep_others=False)
+        try:
+            with sessions.as_current():
+                yield
+        finally:
+            sessions.end()
+
     def stream(self, parts: AsyncIterator[T]) -> AsyncIterator[T]:
         """The same parts, each made with these sessions as the current ones, whoever asks for
         it."""

@@ -134,7 +134,7 @@ class SharedSource:
             PoolTimeout: the session before did not end in time.
             TransactionManagementError: an error outside has failed the test's transaction.
         """
-        if not self.wrapper.is_in_test_case:
+        if not self.is_shared:
             self._check_allowed()
             return await self.interface.pool().acquire()
         await self._wait(self._may_nest)
@@ -144,6 +144,11 @@ class SharedSource:
         self.wrapper.current = lease
         _taken.set((*(other for other in _taken.get() if not other.released), lease))
         return lease
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether sessions use the shared connection, and not a pool's."""
+        return self.wrapper.is_in_test_case
 
     def _check_allowed(self) -> None:
         """Django replaces `connect` where the test's `databases` leave the alias out."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import Any
 
 import sqlparse
@@ -22,6 +23,32 @@ TOKEN = re.compile(
     |"(?:[^"]|"")*"|`[^`]*`|\$(?P<tag>\w*)\$.*?\$(?P=tag)\$|\w+|.""",
     re.DOTALL | re.VERBOSE,
 )
+# Statements that neither write nor set anything.
+READS = (
+    frozenset({"abort", "begin", "close", "commit", "declare", "desc", "describe", "end"})
+    | {"explain", "fetch", "move", "pragma", "release", "rollback", "savepoint", "select", "show"}
+    | {"start", "table", "values", "with"}
+)
+# What makes one of them write, set or lock something all the same.
+CHANGES = re.compile(
+    r"\bfor\s+(?:no\s+key\s+)?(?:update|share)\b|\bfor\s+key\s+share\b|\block\s+in\s+share\b"
+    r"|\bset_config\s*\(|\A\s*pragma\b[^=(]*=|\A\s*explain\b.*\banalyze\b"
+    r"|\A\s*(?:with|explain)\b.*\b(?:insert\s+into|update|delete\s+from|merge\s+into)\b",
+    re.IGNORECASE | re.DOTALL,
+)
+FIRST_WORD = re.compile(r"(?:[\s(]|--[^\n]*\n|#[^\n]*\n|/\*(?!M?!).*?\*/)*(\w+)", re.DOTALL)
+
+
+@lru_cache(maxsize=4096)
+def change_in(sql: str) -> str:
+    """The first word, in capitals, of a statement that writes, locks or sets something; empty for
+    one that only reads, as far as its text tells: it cannot tell what a function does."""
+    first = FIRST_WORD.match(sql)
+    if first is None:
+        return "" if NO_STATEMENT.fullmatch(sql) else "SQL"
+    if first[1].lower() in READS and CHANGES.search(sql) is None:
+        return ""
+    return first[1].upper()
 
 
 def check_one_statement(sql: Any) -> None:

@@ -22,7 +22,7 @@ LAYERS = [
     {"bridge", "results", "columns", "statements"},
     {"tables", "backends", "pool", "queries", "rows", "writes", "turns"},
     {"checkout", "hooks", "blocks", "executor"},
-    {"transaction"},
+    {"transaction", "parallel"},
     {"session"},
     {"ddl"},
     {"interface"},

@@ -332,6 +332,21 @@ async def test_the_callers_own_timeout_counts() -> None:
         lease.release()
 
 
+async def test_not_all_who_keep_a_connection_may_wait_for_a_second_one() -> None:
+    async with pool_of(max_size=3) as (pool, _):
+        with pool.keeping_one() as first, pool.keeping_one() as second:
+            assert first and second
+            with pool.keeping_one() as third, pool.keeping_one() as fourth:
+                assert not third and not fourth
+        with contextlib.suppress(LookupError), pool.keeping_one():
+            raise LookupError
+        with pool.keeping_one() as first, pool.keeping_one() as second:
+            assert first and second
+    async with pool_of(max_size=1) as (pool, _):
+        with pool.keeping_one() as only:
+            assert not only
+
+
 async def test_one_too_many_is_refused_at_once() -> None:
     async with pool_of(max_size=1, max_waiting=2) as (pool, _):
         lease = await pool.acquire()

@@ -7,7 +7,7 @@ from django.db import DatabaseError
 from psycopg import sql as composed
 
 from django_asyncsession import DatabaseInterface, MultipleStatements
-from django_asyncsession.statements import check_one_statement, check_savepoint_name
+from django_asyncsession.statements import change_in, check_one_statement, check_savepoint_name
 
 ONE = [
     "SELECT 1",
@@ -45,6 +45,48 @@ MANY = [
     # MySQL runs what is in such a comment.
     ("SELECT 1; /*! DROP TABLE x */", 2),
 ]
+
+
+READS = [
+    "SELECT 1",
+    "  (select 1) UNION (SELECT 2)",
+    "/* INSERT */ SELECT 'update', updated, deleted FROM t -- for all",
+    "-- a\n# b\nSHOW TABLES",
+    "WITH t AS (SELECT updated FROM u) SELECT * FROM t",
+    "EXPLAIN SELECT 1",
+    "PRAGMA table_info(t)",
+    'SAVEPOINT "s"',
+    "VALUES (1), (2)",
+    "DECLARE c CURSOR FOR SELECT 1",
+    "",
+    " -- nothing",
+]
+CHANGES = [
+    ("INSERT INTO t VALUES (1)", "INSERT"),
+    ("/* SELECT */ update t SET a = 1", "UPDATE"),
+    ("WITH t AS (DELETE FROM u RETURNING *) SELECT * FROM t", "WITH"),
+    ("SELECT * FROM t FOR NO KEY UPDATE", "SELECT"),
+    ("SELECT * FROM t LOCK IN SHARE MODE", "SELECT"),
+    ("SELECT set_config('a.b', '1', true)", "SELECT"),
+    ("EXPLAIN (ANALYZE) UPDATE t SET a = 1", "EXPLAIN"),
+    ("PRAGMA foreign_keys = ON", "PRAGMA"),
+    ("SET LOCAL search_path TO other", "SET"),
+    ("CREATE TABLE t (i int)", "CREATE"),
+    ("CALL f()", "CALL"),
+    ("NOTIFY channel", "NOTIFY"),
+    # MySQL runs what is in such a comment.
+    ("/*! INSERT INTO t VALUES (1) */", "SQL"),
+]
+
+
+@pytest.mark.parametrize("sql", READS)
+def test_a_statement_that_reads_changes_nothing(sql: str) -> None:
+    assert change_in(sql) == ""
+
+
+@pytest.mark.parametrize(("sql", "word"), CHANGES)
+def test_a_statement_that_does_more_is_named_by_its_first_word(sql: str, word: str) -> None:
+    assert change_in(sql) == word
 
 
 @pytest.mark.parametrize("sql", ONE)

@@ -24,6 +24,7 @@ from django_asyncsession.exceptions import (
     PoolTimeout,
     SessionClosedError,
     SessionInUseError,
+    SessionStateError,
     SharedConnectionWarning,
 )
 from django_asyncsession.testing import (
@@ -501,3 +502,28 @@ async def test_a_cursor_ends_with_its_session(alias: str, user: User) -> None:
         await session.run_sync(cursor.execute, COUNT)
     with pytest.raises(SessionClosedError):
         await sync_to_async(cursor.fetchone)()
+
+
+# Reads at the same time
+
+
+async def test_gather_reads_what_the_test_has_not_committed(
+    alias: str, user: User, async_databases: Any
+) -> None:
+    counts = [lambda s: s.fetch_value(COUNT)] * 3
+    for options in ({}, {"autocommit": True}):
+        async with async_databases[alias].get_session(**options) as session:
+            assert await session.gather(*counts, User.objects.all()) == [1, 1, 1, [user]]
+            assert await session.gather(*counts) == [1, 1, 1]
+
+
+async def test_gather_refuses_a_session_that_has_written_as_in_production(
+    alias: str, user: User, async_databases: Any
+) -> None:
+    async with async_databases[alias].get_session() as session:
+        async with async_databases[alias].get_session() as inner:
+            await inner.add(User(name="of another session"))
+        assert await session.gather(lambda s: s.fetch_value(COUNT)) == [2]
+        await session.add(User(name="new"))
+        with pytest.raises(SessionStateError, match=r"\(INSERT\)"):
+            await session.gather(User.objects.all())

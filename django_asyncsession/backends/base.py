@@ -26,6 +26,7 @@ from greenlet import getcurrent, greenlet
 
 from django_asyncsession.bridge import await_, in_bridge
 from django_asyncsession.exceptions import AliasNotInSession, ConfigurationError, SessionClosedError
+from django_asyncsession.statements import change_in
 
 if TYPE_CHECKING:
     from django.db.backends.base.base import BaseDatabaseWrapper
@@ -135,6 +136,7 @@ class WatchedCursorMixin(CursorWrapper if TYPE_CHECKING else object):  # type: i
         self._check_lease()
         if name in STATEMENT_METHODS:
             self.db.touched = True
+            self.db.changed = self.db.changed or name.upper()
         return super().__getattr__(name)
 
     def __iter__(self) -> Iterator[Any]:
@@ -144,16 +146,19 @@ class WatchedCursorMixin(CursorWrapper if TYPE_CHECKING else object):  # type: i
     def execute(self, sql: Any, params: Any = None) -> Any:
         self._check_lease()
         self.db.before_statement(sql)
+        self.db.note_change(sql)
         return super().execute(sql, params)
 
     def executemany(self, sql: Any, param_list: Any) -> Any:
         self._check_lease()
         self.db.before_statement(sql)
+        self.db.note_change(sql)
         return super().executemany(sql, param_list)
 
     def callproc(self, *args: Any, **kwargs: Any) -> Any:
         self._check_lease()
         self.db.touched = True
+        self.db.changed = self.db.changed or "CALL"
         return super().callproc(*args, **kwargs)
 
     def close(self) -> None:
@@ -224,6 +229,8 @@ class BridgedMixin(_Wrapper):
     unsupported_options: ClassVar[tuple[str, ...]] = ("deferrable",)
     # One connection serves sync code and the bridge, by turns.
     both_modes: ClassVar[bool] = True
+    # Transactions can share one snapshot of the data.
+    exports_snapshots: ClassVar[bool] = False
 
     pooled = False
     lease: object = None
@@ -239,6 +246,8 @@ class BridgedMixin(_Wrapper):
     dead = False
     # What carried over from the last lease must be reset before the next.
     touched = False
+    # The first word of the first statement that did more than read, in the transaction in progress.
+    changed = ""
     # An engine's `init_connection_state`, or a receiver of `connection_created`, set something too.
     set_up_touches = False
     _opening = False
@@ -436,6 +445,25 @@ class BridgedMixin(_Wrapper):
             TransactionManagementError: as `check_alive`.
         """
         self.check_alive()
+
+    def note_change(self, sql: Any) -> None:
+        """Note that a statement does more than read."""
+        if not self.changed:
+            self.changed = change_in(sql if isinstance(sql, str) else sql.as_string(None))
+
+    def snapshot_state(self) -> tuple[str, bool]:
+        """The isolation level of the transaction, and whether it has written or locked anything;
+        called in the bridge, where `exports_snapshots`."""
+        raise NotImplementedError
+
+    def export_snapshot(self) -> str:
+        """Name what the transaction sees, for as long as it is open; called in the bridge."""
+        raise NotImplementedError
+
+    def import_snapshot(self, snapshot: str) -> None:
+        """See what the transaction that named it sees; called in the bridge, before anything is
+        read."""
+        raise NotImplementedError
 
     def make_cursor(self, cursor: Any) -> Any:
         return self._watch(super().make_cursor(cursor))

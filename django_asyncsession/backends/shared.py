@@ -125,11 +125,13 @@ class SharedCursorMixin(CursorWrapper):
 
     def execute(self, sql: Any, params: Any = None) -> Any:
         self._check_lease()
+        self.db.note_change(sql)
         with self.db.exclusive:
             return super().execute(sql, params)
 
     def executemany(self, sql: Any, param_list: Any) -> Any:
         self._check_lease()
+        self.db.note_change(sql)
         with self.db.exclusive:
             return super().executemany(sql, param_list)
 

@@ -269,6 +269,7 @@ class Mixin(BridgedMixin, _Base):
     has_deferrable = True
     unsupported_options = ()
     multiple_statements = True
+    exports_snapshots = True
     connection: Any
     own_use = False
 
@@ -362,6 +363,25 @@ class Mixin(BridgedMixin, _Base):
     def before_statement(self, sql: Any) -> None:
         if not self.touched and changes_session(sql):
             self.touched = True
+
+    def snapshot_state(self) -> tuple[str, bool]:
+        # A transaction gets an id with the first row that it writes or locks.
+        return self._ask(  # type: ignore[no-any-return]
+            "SELECT current_setting('transaction_isolation'), "
+            "pg_current_xact_id_if_assigned() IS NOT NULL"
+        )
+
+    def export_snapshot(self) -> str:
+        return str(self._ask("SELECT pg_export_snapshot()")[0])
+
+    def import_snapshot(self, snapshot: str) -> None:
+        self._ask(f"SET TRANSACTION SNAPSHOT {psycopg.sql.quote(snapshot)}")
+
+    def _ask(self, sql: str) -> Any:
+        """A statement of our own, which nobody counts; its first row."""
+        with self.wrap_database_errors:
+            cursor = self.connection.execute(sql)
+            return cursor.fetchone() if cursor.description else None
 
     def chunked_cursor(self) -> Any:
         if self.pooled and self.autocommit:
