@@ -89,20 +89,34 @@ class NativeConnections(type(connections)):  # type: ignore[misc]
         return found
 
 
-def _on_commit(func: Callable[[], Any], using: str | None = None, robust: bool = False) -> None:
-    """`transaction.on_commit`, which async code may call where there is a current session.
+class _SessionConnection:
+    """What `django.db.transaction` gets as the connection in async code that has a current session:
+    callbacks and the wish to roll back are the session's."""
 
-    Raises:
-        As `Session.on_commit`.
-    """
+    _OF_SESSION = frozenset({"on_commit", "set_rollback", "get_rollback"})
+
+    def __init__(self, alias: str, sessions: SessionSet) -> None:
+        self.__dict__.update(_alias=alias, _sessions=sessions)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self._OF_SESSION:
+            return getattr(self._sessions.session(self._alias), name)
+        return getattr(connections[self._alias], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(connections[self._alias], name, value)
+
+
+def _get_connection(using: str | None = None) -> Any:
+    """`transaction.get_connection`, by which `on_commit()` and its neighbours find what they
+    change, whatever name they were imported under."""
     sessions = current()
     if sessions is None or current_call() is not None:
-        _django_on_commit(func, using, robust)
-    else:
-        sessions.session(using or DEFAULT_DB_ALIAS).on_commit(func, robust)
+        return _django_get_connection(using)
+    return _SessionConnection(using or DEFAULT_DB_ALIAS, sessions)
 
 
-_django_on_commit = transaction.on_commit
+_django_get_connection = transaction.get_connection
 
 
 def _async_generator(rows: BaseIterable[Any]) -> AsyncIterator[Any]:
@@ -190,7 +204,7 @@ def install() -> None:
             if hasattr(module, "sync_to_async"):
                 _replace(module, "sync_to_async", _routed(route))
     _replace(BaseIterable, "_async_generator", _async_generator)
-    _replace(transaction, "on_commit", _on_commit)
+    _replace(transaction, "get_connection", _get_connection)
     _replace(AsyncToSync, "__call__", _await_in_bridge)
     if hasattr(dispatcher, "_run_parallel"):
         _replace(dispatcher, "_run_parallel", _run_receivers)

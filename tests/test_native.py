@@ -22,6 +22,7 @@ from django.contrib.auth import user_logged_in
 from django.contrib.auth.models import User as Account
 from django.contrib.contenttypes.models import ContentType
 from django.core.cache import caches
+from django.core.exceptions import SynchronousOnlyOperation
 from django.core.management import call_command
 from django.core.signals import request_finished, request_started
 from django.db import (
@@ -34,6 +35,7 @@ from django.db import (
 )
 from django.db.models import query
 from django.db.models.signals import post_save
+from django.db.transaction import on_commit as imported_on_commit
 from django.http import Http404
 from django.shortcuts import aget_object_or_404
 from django.test import override_settings
@@ -287,6 +289,35 @@ async def test_on_commit_calls_functions_and_awaits_coroutine_functions(
         await session.rollback()
     assert called == ["first", 1, 1]
     assert threads == []
+
+
+async def test_on_commit_imported_by_its_name_waits_for_the_commit_too(
+    db: DatabaseInterface,
+) -> None:
+    called: list[str] = []
+    async with db.get_session() as session, native.use(session):
+        imported_on_commit(lambda: called.append("saved"), using=db.alias)
+        assert called == []
+        await session.rollback()
+        imported_on_commit(lambda: called.append("saved later"), using=db.alias)
+    assert called == ["saved later"]
+
+
+async def test_set_rollback_in_async_code_rolls_the_session_back(db: DatabaseInterface) -> None:
+    async with db.get_session() as session, native.use(session):
+        await User.objects.using(db.alias).acreate(name="Ada")
+        assert not transaction.get_rollback(using=db.alias)
+        transaction.set_rollback(True, using=db.alias)
+        assert transaction.get_rollback(using=db.alias)
+    assert await names(db) == []
+
+
+async def test_a_sync_block_in_async_code_is_refused_as_ever(db: DatabaseInterface) -> None:
+    async with db.get_session() as session, native.use(session):
+        with pytest.raises(SynchronousOnlyOperation), transaction.atomic(using=db.alias):
+            pass
+        await User.objects.using(db.alias).acreate(name="Ada")
+    assert await names(db) == ["Ada"]
 
 
 # Signals
