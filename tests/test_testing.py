@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import factory
@@ -12,6 +13,7 @@ import pytest
 from asgiref.sync import async_to_sync, sync_to_async
 from asgiref.testing import ApplicationCommunicator
 from channels.generic.websocket import AsyncJsonWebsocketConsumer
+from django.core.exceptions import SynchronousOnlyOperation
 from django.db import IntegrityError, connections, transaction
 from django.db.models.signals import post_save
 from django.http import HttpRequest, HttpResponse, JsonResponse, StreamingHttpResponse
@@ -81,11 +83,6 @@ urlpatterns = [
     path("names", names),
     path("sync/<int:pk>", sync_name),
 ]
-
-
-@pytest.fixture
-def db() -> None:
-    """Not the one of the other tests, which commit."""
 
 
 @pytest.fixture
@@ -200,6 +197,25 @@ async def test_statements_in_autocommit_mode_keep_what_they_did(alias: str) -> N
         await session.run_sync(durable)
     assert await Author.objects.using(alias).acount() == 4
     assert connections[alias].needs_rollback is False
+
+
+async def test_a_block_in_autocommit_mode_is_undone_as_a_whole(alias: str) -> None:
+    """Also one that asks for no savepoint, as Django's own do: in production it is a
+    transaction."""
+    pair = [Author(name="same"), Author(name="same")]
+
+    def save_both() -> None:
+        with transaction.atomic(using=alias, savepoint=False):
+            for author in pair:
+                author.save(using=alias, force_insert=True)
+
+    async with databases[alias].get_session(autocommit=True) as session:
+        for attempt in (partial(session.add_all, pair), partial(session.run_sync, save_both)):
+            with pytest.raises(IntegrityError):
+                await attempt()
+            assert await session.fetch_value("SELECT count(*) FROM tests_author") == 0
+        assert await session.add(pair[0])
+    assert await Author.objects.using(alias).acount() == 1
 
 
 async def test_a_deferred_constraint_fails_at_the_commit_of_the_session(alias: str) -> None:
@@ -397,6 +413,22 @@ async def test_threads_and_sessions_do_not_meet_on_the_wire(alias: str, user: Us
                 await session.fetch_value(COUNT)
 
     await asyncio.gather(sync_to_async(sync)(), native(), native())
+
+
+async def test_code_that_closes_its_connection_does_not_end_the_test(
+    alias: str, user: User
+) -> None:
+    def job() -> int:
+        try:
+            return User.objects.using(alias).count()
+        finally:
+            connections.close_all()
+
+    assert await asyncio.to_thread(job) == await sync_to_async(job)() == 1
+    async with databases[alias].get_session() as session:
+        assert await session.fetch_value(COUNT) == 1
+    with pytest.raises(SynchronousOnlyOperation):
+        connections[alias].close()
 
 
 # Callbacks

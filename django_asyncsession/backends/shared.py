@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from importlib import import_module
 from typing import Any, Protocol
@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from django.db import OperationalError
 from django.db.backends.utils import CursorWrapper
 from django.db.transaction import Atomic
+from django.utils.asyncio import async_unsafe
 from greenlet import getcurrent
 
 from django_asyncsession import bridge
@@ -148,6 +149,23 @@ def _sharing(cursor_class: Any) -> type:
     return type(f"Shared{cursor_class.__name__}", (SharedCursorMixin, cursor_class), {})
 
 
+class _SavepointIds(list[Any]):
+    """Savepoints of the open blocks. In autocommit mode a session's outermost block is a
+    transaction in production, so here it gets a savepoint also if it asked for none."""
+
+    def __init__(self, wrapper: SharedMixin, sids: Iterable[Any]) -> None:
+        super().__init__(sids)
+        self._wrapper = wrapper
+
+    def append(self, sid: str | None) -> None:
+        wrapper = self._wrapper
+        holder = wrapper.current
+        is_outermost = holder is not None and holder.autocommit and len(self) == holder.depth[0] + 1
+        if sid is None and is_outermost and not wrapper.needs_rollback:
+            sid = wrapper.savepoint()
+        super().append(sid)
+
+
 class SharedMixin(BridgedMixin):
     """Mixed in before a bridged wrapper: what a session does to its own, a savepoint does here."""
 
@@ -156,6 +174,15 @@ class SharedMixin(BridgedMixin):
     current: Holder | None = None
     # The next savepoint is that of a session.
     _begins = False
+
+    @property
+    def savepoint_ids(self) -> list[Any]:
+        """Those of the open blocks, None for a block that has none."""
+        return self._savepoint_ids
+
+    @savepoint_ids.setter
+    def savepoint_ids(self, sids: Iterable[Any]) -> None:
+        self._savepoint_ids = _SavepointIds(self, sids)
 
     @property
     def is_in_test_case(self) -> bool:
@@ -170,6 +197,12 @@ class SharedMixin(BridgedMixin):
     def connect(self) -> None:
         self.abandoned = self.cut = self.dead = False
         super().connect()
+
+    @async_unsafe
+    def close(self) -> None:
+        # Code in a thread closes its connection when it is done; this one is everybody's.
+        if not self.is_in_test_case:
+            super().close()
 
     def close_if_unusable_or_obsolete(self) -> None:
         # Django's handlers, and Channels, close what is in a transaction, as nobody else should be.
