@@ -1,5 +1,5 @@
-"""Fixtures that every test module shares: the databases, made once, and their tables, empty for
-each test."""
+"""Fixtures that every test module shares: the databases, made once; a transaction on one of them,
+rolled back; and real ones, with tables that are emptied after the test."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 from django.apps import apps
 from django.conf import settings
 from django.db import connections
+from django.test import override_settings
 from django.test.utils import setup_databases, teardown_databases
 from pytest_django.plugin import DjangoDbBlocker
 
@@ -105,6 +106,31 @@ def empty(using: str) -> None:
                 cursor.execute(f"DELETE FROM {name}")
 
 
+# In one transaction, with the toolkit that the package has for tests: what most tests use.
+
+
+@pytest.fixture
+def database(alias: str, request: pytest.FixtureRequest) -> DatabaseInterface:
+    """Each database in turn, in the transaction of the test: sync code, sessions and requests share
+    it, and it is rolled back. For every test that is not about a commit or a connection of its
+    own."""
+    request.applymarker(pytest.mark.django_db(databases=[alias]))
+    request.getfixturevalue("db")
+    return databases[alias]
+
+
+@pytest.fixture
+def session(database: DatabaseInterface, request: pytest.FixtureRequest) -> Session:
+    """The toolkit's session of the test, on each database in turn."""
+    with override_settings(ASYNC_SESSION={"ALIAS": database.alias}):
+        session: Session = request.getfixturevalue("async_session")
+    return session
+
+
+# With real commits on connections of the pools, for what the transaction of a test cannot show:
+# what another connection sees, isolation, time limits, lost connections, the pool, the driver.
+
+
 @pytest.fixture
 def empty_tables() -> Iterator[None]:
     """Empties all tables after the test, for a test that commits."""
@@ -112,19 +138,6 @@ def empty_tables() -> Iterator[None]:
     for using in settings.DATABASES:
         empty(using)
     gc.collect()
-
-
-@pytest.fixture
-async def session(alias: str) -> AsyncIterator[Session]:
-    """A session on each database in turn; what the test writes is rolled back."""
-    session = databases[alias].get_session()
-    await session.begin()
-    try:
-        yield session
-        await session.rollback()
-    finally:
-        await session.close()
-        await databases[alias].close()
 
 
 @pytest.fixture
@@ -136,7 +149,22 @@ def empty_database(alias: str) -> Iterator[None]:
 
 
 @pytest.fixture
-async def db(alias: str, empty_database: None) -> AsyncIterator[DatabaseInterface]:
-    """Each database in turn; after the test its tables are emptied and its pool is closed."""
+async def real_database(alias: str, empty_database: None) -> AsyncIterator[DatabaseInterface]:
+    """Each database in turn, with real commits on connections of its pool, for a test that is about
+    these; after it the tables are emptied and the pool is closed."""
     yield databases[alias]
     await databases[alias].close()
+
+
+@pytest.fixture
+async def real_session(alias: str) -> AsyncIterator[Session]:
+    """A session on a connection of the pool, on each database in turn, for a test that is about the
+    driver; what it writes is rolled back."""
+    session = databases[alias].get_session()
+    await session.begin()
+    try:
+        yield session
+        await session.rollback()
+    finally:
+        await session.close()
+        await databases[alias].close()

@@ -10,6 +10,7 @@ from typing import Any
 from django.test import override_settings
 
 from django_asyncsession import DatabaseInterface, Session
+from django_asyncsession.testing import QueryLog
 from tests.faults import outcome_of
 
 INSERT = "INSERT INTO tests_user (name, level) VALUES (%s, 1)"
@@ -53,6 +54,11 @@ async def whole(db: DatabaseInterface) -> None:
         state = lease.connection.transaction_state.value
         lease.release()
         assert state == "idle"
+
+
+def sent(queries: QueryLog) -> list[str]:
+    """The statements that were captured, without their parameters."""
+    return [query["sql"] for query in queries]
 
 
 async def other_task(session: Session, sql: str = "SELECT 1") -> Any:

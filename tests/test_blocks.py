@@ -23,9 +23,11 @@ NESTED = {
 
 
 @pytest.mark.parametrize("kind", NESTED)
-async def test_a_nested_block_is_kept_or_undone_alone(db: DatabaseInterface, kind: str) -> None:
+async def test_a_nested_block_is_kept_or_undone_alone(
+    real_database: DatabaseInterface, kind: str
+) -> None:
     nested = NESTED[kind]
-    async with db.get_session() as session:
+    async with real_database.get_session() as session:
         await session.execute(INSERT, ["a"])
         async with nested(session):
             await session.execute(INSERT, ["b"])
@@ -38,27 +40,27 @@ async def test_a_nested_block_is_kept_or_undone_alone(db: DatabaseInterface, kin
                     await session.execute(INSERT, ["lost"])
                 raise ZeroDivisionError
         await session.execute(INSERT, ["d"])
-    assert await names(db) == ["a", "b", "c", "d"]
-    await whole(db)
+    assert await names(real_database) == ["a", "b", "c", "d"]
+    await whole(real_database)
 
 
 @pytest.mark.parametrize("kind", NESTED)
 async def test_an_error_of_the_database_spoils_its_block_alone(
-    db: DatabaseInterface, kind: str
+    real_database: DatabaseInterface, kind: str
 ) -> None:
-    async with db.get_session() as session:
+    async with real_database.get_session() as session:
         with pytest.raises(IntegrityError):
             async with NESTED[kind](session):
                 await session.add(Author(name="a"))
                 await session.add(Author(name="a"))
         await session.execute(INSERT, ["fine"])
-    assert await names(db) == ["fine"]
+    assert await names(real_database) == ["fine"]
 
 
 async def test_an_error_swallowed_in_a_nested_block_is_told_at_its_end(
-    db: DatabaseInterface,
+    real_database: DatabaseInterface,
 ) -> None:
-    async with db.get_session() as session:
+    async with real_database.get_session() as session:
         with pytest.raises(TransactionManagementError, match="in the nested block of") as caught:
             async with session.begin_nested():
                 await session.execute(INSERT, ["lost"])
@@ -68,23 +70,25 @@ async def test_an_error_swallowed_in_a_nested_block_is_told_at_its_end(
                     await session.execute(INSERT, ["lost"])
         assert isinstance(caught.value.__cause__, DatabaseError)
         await session.execute(INSERT, ["a"])
-    assert await names(db) == ["a"]
+    assert await names(real_database) == ["a"]
 
 
-async def test_in_atomic_it_rolls_back_silently_as_in_django(db: DatabaseInterface) -> None:
-    async with db.get_session() as session:
+async def test_in_atomic_it_rolls_back_silently_as_in_django(
+    real_database: DatabaseInterface,
+) -> None:
+    async with real_database.get_session() as session:
         async with session.atomic():
             await session.execute(INSERT, ["lost"])
             with contextlib.suppress(DatabaseError):
                 await session.execute(BAD)
         await session.execute(INSERT, ["a"])
-    assert await names(db) == ["a"]
+    assert await names(real_database) == ["a"]
 
 
 async def test_the_rollback_flag_in_a_block_rolls_back_the_block_without_an_error(
-    db: DatabaseInterface,
+    real_database: DatabaseInterface,
 ) -> None:
-    async with db.get_session() as session:
+    async with real_database.get_session() as session:
         for kind in NESTED.values():
             async with kind(session):
                 await session.execute(INSERT, ["lost"])
@@ -95,11 +99,11 @@ async def test_the_rollback_flag_in_a_block_rolls_back_the_block_without_an_erro
             session.set_rollback(True)
             session.set_rollback(False)
             await session.execute(INSERT, ["a"])
-    assert await names(db) == ["a"]
+    assert await names(real_database) == ["a"]
 
 
-async def test_a_savepoint_rolled_back_by_hand_goes_on(db: DatabaseInterface) -> None:
-    async with db.get_session() as session:
+async def test_a_savepoint_rolled_back_by_hand_goes_on(real_database: DatabaseInterface) -> None:
+    async with real_database.get_session() as session:
         async with session.begin_nested() as savepoint:
             await session.execute(INSERT, ["lost"])
             await savepoint.rollback()
@@ -110,12 +114,14 @@ async def test_a_savepoint_rolled_back_by_hand_goes_on(db: DatabaseInterface) ->
             await session.execute(INSERT, ["b"])
         with pytest.raises(SessionStateError, match="not the innermost"):
             await savepoint.rollback()
-    assert await names(db) == ["b"]
+    assert await names(real_database) == ["b"]
 
 
-async def test_only_the_innermost_block_can_be_rolled_back_or_left(db: DatabaseInterface) -> None:
+async def test_only_the_innermost_block_can_be_rolled_back_or_left(
+    real_database: DatabaseInterface,
+) -> None:
     async with (
-        db.get_session() as session,
+        real_database.get_session() as session,
         session.begin_nested() as outer,
         session.begin_nested(),
     ):
@@ -124,29 +130,33 @@ async def test_only_the_innermost_block_can_be_rolled_back_or_left(db: DatabaseI
         with pytest.raises(SessionStateError, match=r"cannot end a block .* not the innermost"):
             await outer.__aexit__(None, None, None)
         await session.execute(INSERT, ["a"])
-    assert await names(db) == ["a"]
+    assert await names(real_database) == ["a"]
 
 
-async def test_a_session_cannot_end_inside_a_nested_block(db: DatabaseInterface) -> None:
-    async with db.get_session() as session, session.begin_nested():
+async def test_a_session_cannot_end_inside_a_nested_block(real_database: DatabaseInterface) -> None:
+    async with real_database.get_session() as session, session.begin_nested():
         await session.execute(INSERT, ["a"])
         for end, name in ((session.commit, "commit"), (session.rollback, "rollback")):
             with pytest.raises(SessionStateError, match=rf"{name}\(\) inside a nested block"):
                 await end()
-    assert await names(db) == ["a"]
+    assert await names(real_database) == ["a"]
 
 
-async def test_closing_inside_a_nested_block_rolls_back_all(db: DatabaseInterface) -> None:
-    session = await db.get_session().begin()
+async def test_closing_inside_a_nested_block_rolls_back_all(
+    real_database: DatabaseInterface,
+) -> None:
+    session = await real_database.get_session().begin()
     async with session.begin_nested():
         await session.execute(INSERT, ["a"])
         await session.close()
-    assert await names(db) == []
-    await whole(db)
+    assert await names(real_database) == []
+    await whole(real_database)
 
 
-async def test_without_a_savepoint_an_error_spoils_the_outer_block(db: DatabaseInterface) -> None:
-    async with db.get_session() as session:
+async def test_without_a_savepoint_an_error_spoils_the_outer_block(
+    real_database: DatabaseInterface,
+) -> None:
+    async with real_database.get_session() as session:
         with pytest.raises(TransactionManagementError):
             async with session.begin_nested():
                 await session.execute(INSERT, ["lost"])
@@ -155,47 +165,49 @@ async def test_without_a_savepoint_an_error_spoils_the_outer_block(db: DatabaseI
                         raise ZeroDivisionError
         async with session.atomic(savepoint=False):
             await session.execute(INSERT, ["a"])
-    assert await names(db) == ["a"]
+    assert await names(real_database) == ["a"]
 
 
 async def test_a_block_without_a_savepoint_cannot_be_rolled_back_by_hand(
-    db: DatabaseInterface,
+    real_database: DatabaseInterface,
 ) -> None:
     from django_asyncsession.blocks import Block
 
-    async with db.get_session() as session:
+    async with real_database.get_session() as session:
         assert session.transaction is not None
         async with Block(session.transaction, savepoint=False) as block:
             with pytest.raises(SessionStateError, match="has no savepoint"):
                 await block.rollback()
 
 
-async def test_a_durable_block_refuses_to_nest(db: DatabaseInterface) -> None:
-    async with db.get_session() as session:
+async def test_a_durable_block_refuses_to_nest(real_database: DatabaseInterface) -> None:
+    async with real_database.get_session() as session:
         with pytest.raises(RuntimeError, match="durable atomic block cannot be nested"):
             async with session.atomic(durable=True):
                 raise AssertionError("entered")
         await session.execute(INSERT, ["a"])
-    async with db.get_session(autocommit=True) as session, session.atomic(durable=True):
+    async with real_database.get_session(autocommit=True) as session, session.atomic(durable=True):
         await session.execute(INSERT, ["b"])
         with pytest.raises(RuntimeError, match="durable"):
             async with session.atomic(durable=True):
                 raise AssertionError("entered")
-    assert await names(db) == ["a", "b"]
+    assert await names(real_database) == ["a", "b"]
 
 
-async def test_a_block_cannot_be_entered_twice(db: DatabaseInterface) -> None:
-    async with db.get_session() as session:
+async def test_a_block_cannot_be_entered_twice(real_database: DatabaseInterface) -> None:
+    async with real_database.get_session() as session:
         block = session.begin_nested()
         async with block:
             with pytest.raises(SessionStateError, match="entered already"):
                 await block.__aenter__()
         async with block:
             await session.execute(INSERT, ["a"])
-    assert await names(db) == ["a"]
+    assert await names(real_database) == ["a"]
 
 
-async def test_a_block_belongs_to_its_task_and_the_error_names_both(db: DatabaseInterface) -> None:
+async def test_a_block_belongs_to_its_task_and_the_error_names_both(
+    real_database: DatabaseInterface,
+) -> None:
     async def intrude(call: Any) -> None:
         with pytest.raises(SessionInUseError) as caught:
             await call()
@@ -203,7 +215,7 @@ async def test_a_block_belongs_to_its_task_and_the_error_names_both(db: Database
         assert "task 'intruder' cannot use it; use a session of its own" in str(caught.value)
 
     async def own() -> None:
-        async with db.get_session() as session:
+        async with real_database.get_session() as session:
             async with session.begin_nested():
                 await session.execute(INSERT, ["a"])
                 for call in (
@@ -221,22 +233,24 @@ async def test_a_block_belongs_to_its_task_and_the_error_names_both(db: Database
         call(*args)
 
     await asyncio.create_task(own(), name="owner")
-    assert await names(db) == ["a", "b"]
+    assert await names(real_database) == ["a", "b"]
 
 
 async def test_in_autocommit_mode_a_transaction_belongs_to_its_task_too(
-    db: DatabaseInterface,
+    real_database: DatabaseInterface,
 ) -> None:
-    async with db.get_session(autocommit=True) as session:
+    async with real_database.get_session(autocommit=True) as session:
         async with session.atomic():
             with pytest.raises(SessionInUseError):
                 await asyncio.create_task(session.execute(INSERT, ["foreign"]))
             await session.execute(INSERT, ["a"])
         await asyncio.create_task(session.execute(INSERT, ["b"]))
-    assert await names(db) == ["a", "b"]
+    assert await names(real_database) == ["a", "b"]
 
 
-async def test_of_two_interleaved_blocks_the_second_is_refused(db: DatabaseInterface) -> None:
+async def test_of_two_interleaved_blocks_the_second_is_refused(
+    real_database: DatabaseInterface,
+) -> None:
     entered, refused = asyncio.Event(), asyncio.Event()
 
     async def first(session: Any) -> None:
@@ -254,18 +268,20 @@ async def test_of_two_interleaved_blocks_the_second_is_refused(db: DatabaseInter
                 raise AssertionError("entered")
         refused.set()
 
-    async with db.get_session() as session:
+    async with real_database.get_session() as session:
         await session.execute(INSERT, ["a"])
         await asyncio.gather(
             asyncio.create_task(first(session), name="first"),
             asyncio.create_task(second(session), name="second"),
         )
-    assert await names(db) == ["a"]
-    await whole(db)
+    assert await names(real_database) == ["a"]
+    await whole(real_database)
 
 
-async def test_leaving_a_block_never_hides_the_error_on_its_way(db: DatabaseInterface) -> None:
-    session = await db.get_session().begin()
+async def test_leaving_a_block_never_hides_the_error_on_its_way(
+    real_database: DatabaseInterface,
+) -> None:
+    session = await real_database.get_session().begin()
     outer = session.begin_nested()
     with pytest.raises(ZeroDivisionError):
         async with outer:
@@ -273,5 +289,5 @@ async def test_leaving_a_block_never_hides_the_error_on_its_way(db: DatabaseInte
             await session.begin_nested().__aenter__()
             raise ZeroDivisionError
     await session.close()
-    assert await names(db) == []
-    await whole(db)
+    assert await names(real_database) == []
+    await whole(real_database)

@@ -51,11 +51,11 @@ def _never_frozen() -> Iterator[None]:
 
 
 @pytest.fixture
-async def one(db: DatabaseInterface) -> DatabaseInterface:
+async def one(real_database: DatabaseInterface) -> DatabaseInterface:
     """A database with a pool of one connection, which is open."""
-    with pool(db, max_size=1):
-        await db.connect()
-    return db
+    with pool(real_database, max_size=1):
+        await real_database.connect()
+    return real_database
 
 
 async def emptied(db: DatabaseInterface) -> list[str]:
@@ -248,25 +248,27 @@ async def test_a_cancelled_scope_of_anyio_ends_a_session(one: DatabaseInterface)
     assert await emptied(one) == []
 
 
-async def test_a_lock_held_by_a_cancelled_task_is_free_at_once(db: DatabaseInterface) -> None:
-    async with db.get_session() as session:
+async def test_a_lock_held_by_a_cancelled_task_is_free_at_once(
+    real_database: DatabaseInterface,
+) -> None:
+    async with real_database.get_session() as session:
         await session.execute(INSERT, ["a"])
     locked = asyncio.Event()
 
     async def hold() -> None:
-        async with db.get_session() as session:
+        async with real_database.get_session() as session:
             await session.execute("UPDATE tests_user SET level = 2")
             locked.set()
-            await session.fetch_value(slow(db, 5))
+            await session.fetch_value(slow(real_database, 5))
 
     task = asyncio.create_task(hold())
     await locked.wait()
     await asyncio.sleep(0.05)
     task.cancel()
     assert isinstance(await outcome_of(task), asyncio.CancelledError)
-    async with asyncio.timeout(3), db.get_session() as session:
+    async with asyncio.timeout(3), real_database.get_session() as session:
         await session.execute("UPDATE tests_user SET level = 3")
-    await whole(db)
+    await whole(real_database)
 
 
 async def _awaited(attempt: cancel_at[Any]) -> Any:
@@ -431,10 +433,10 @@ def on_commit_reply(action: Any) -> Callable[[str, bytes], Any]:
 
 
 async def test_a_commit_that_nobody_acknowledged_is_unknown_and_says_so(
-    db: DatabaseInterface,
+    real_database: DatabaseInterface,
 ) -> None:
     called: list[str] = []
-    async with behind(db) as (proxy, far):
+    async with behind(real_database) as (proxy, far):
         session = await far.get_session().begin()
         await session.execute(INSERT, ["a"])
         session.on_commit(lambda: called.append("commit"))
@@ -450,14 +452,14 @@ async def test_a_commit_that_nobody_acknowledged_is_unknown_and_says_so(
         await whole(far)
         assert far.stats()["returns_bad"] == 1
     assert called == []
-    assert await names(db) == ["a"]
+    assert await names(real_database) == ["a"]
 
 
 async def test_a_commit_cancelled_on_its_way_is_a_cancellation_with_an_unknown_outcome(
-    db: DatabaseInterface,
+    real_database: DatabaseInterface,
 ) -> None:
     called: list[str] = []
-    async with behind(db) as (proxy, far):
+    async with behind(real_database) as (proxy, far):
         session = await far.get_session().begin()
         await session.execute(INSERT, ["a"])
         session.on_commit(lambda: called.append("commit"))
@@ -479,13 +481,13 @@ async def test_a_commit_cancelled_on_its_way_is_a_cancellation_with_an_unknown_o
         proxy.hook = None
         await whole(far)
     assert called == []
-    assert await names(db) == ["a"]
+    assert await names(real_database) == ["a"]
 
 
 async def test_a_connection_lost_between_two_statements_is_never_replaced_silently(
-    db: DatabaseInterface,
+    real_database: DatabaseInterface,
 ) -> None:
-    async with behind(db) as (proxy, far):
+    async with behind(real_database) as (proxy, far):
         session = await far.get_session().begin()
         await session.execute(INSERT, ["a"])
         proxy.reset()
@@ -497,11 +499,13 @@ async def test_a_connection_lost_between_two_statements_is_never_replaced_silent
             await session.commit()
         assert session.outcome is Outcome.ROLLED_BACK
         await whole(far)
-    assert await names(db) == []
+    assert await names(real_database) == []
 
 
-async def test_a_frozen_network_does_not_hold_up_a_rollback(db: DatabaseInterface) -> None:
-    async with behind(db) as (proxy, far):
+async def test_a_frozen_network_does_not_hold_up_a_rollback(
+    real_database: DatabaseInterface,
+) -> None:
+    async with behind(real_database) as (proxy, far):
         session = await far.get_session().begin()
         await session.execute(INSERT, ["a"])
         proxy.freeze()
@@ -515,16 +519,16 @@ async def test_a_frozen_network_does_not_hold_up_a_rollback(db: DatabaseInterfac
         assert took.seconds < 2.5
         proxy.thaw()
         await whole(far)
-    assert await names(db) == []
+    assert await names(real_database) == []
 
 
-async def test_a_backend_ended_by_the_administrator(db: DatabaseInterface) -> None:
-    if db.vendor != "postgresql":
+async def test_a_backend_ended_by_the_administrator(real_database: DatabaseInterface) -> None:
+    if real_database.vendor != "postgresql":
         pytest.skip("pg_terminate_backend is PostgreSQL's")
-    session = await db.get_session().begin()
+    session = await real_database.get_session().begin()
     pid = await session.fetch_value("SELECT pg_backend_pid()")
     await session.execute(INSERT, ["a"])
-    async with db.get_session() as other:
+    async with real_database.get_session() as other:
         await other.execute("SELECT pg_terminate_backend(%s)", [pid])
     with pytest.raises(OperationalError, match="terminating connection"):
         await session.execute(INSERT, ["b"])
@@ -533,8 +537,8 @@ async def test_a_backend_ended_by_the_administrator(db: DatabaseInterface) -> No
     with pytest.raises(TransactionManagementError, match="because its connection was lost"):
         await session.commit()
     assert session.closed
-    await whole(db)
-    assert await names(db) == []
+    await whole(real_database)
+    assert await names(real_database) == []
 
 
 async def test_a_transaction_begun_by_sql_in_autocommit_mode_is_rolled_back_and_told(
@@ -552,23 +556,27 @@ async def test_a_transaction_begun_by_sql_in_autocommit_mode_is_rolled_back_and_
 
 
 async def test_a_hundred_sessions_sleep_at_the_same_time_without_a_thread(
-    db: DatabaseInterface,
+    real_database: DatabaseInterface,
 ) -> None:
-    if db.vendor == "sqlite":
+    if real_database.vendor == "sqlite":
         pytest.skip("SQLite computes in this process")
-    async with db.get_session() as session:
-        asked = "SHOW max_connections" if db.vendor == "postgresql" else "SELECT @@max_connections"
+    async with real_database.get_session() as session:
+        asked = (
+            "SHOW max_connections"
+            if real_database.vendor == "postgresql"
+            else "SELECT @@max_connections"
+        )
         room = int(await session.fetch_value(asked))
-    await db.close()
+    await real_database.close()
     # A server shared with others, with its default of 100 connections, has no room for as many.
     size = 100 if room >= 140 else 60
-    with pool(db, max_size=size, min_size=size):
-        await db.connect()
-        await soon(lambda: db.stats()["pool_available"] == size, 20)
+    with pool(real_database, max_size=size, min_size=size):
+        await real_database.connect()
+        await soon(lambda: real_database.stats()["pool_available"] == size, 20)
 
     async def sleep() -> None:
-        async with db.get_session() as session:
-            await session.fetch_value(slow(db, 0.3))
+        async with real_database.get_session() as session:
+            await session.fetch_value(slow(real_database, 0.3))
 
     threads, times = threading.active_count(), []
     for _ in range(3):
@@ -608,25 +616,27 @@ async def everything(db: DatabaseInterface) -> None:
     await db.close()
 
 
-async def test_no_operation_stalls_the_loop(db: DatabaseInterface) -> None:
-    await everything(db)
+async def test_no_operation_stalls_the_loop(real_database: DatabaseInterface) -> None:
+    await everything(real_database)
     worst = []
     for _ in range(4):
         async with LoopProbe() as probe:
             with contextlib.suppress(DatabaseError):
-                await everything(db)
+                await everything(real_database)
         worst.append(probe.worst)
     assert min(worst) < 0.05, worst
 
 
-async def test_sessions_cancelled_at_random_leave_nothing_behind(db: DatabaseInterface) -> None:
+async def test_sessions_cancelled_at_random_leave_nothing_behind(
+    real_database: DatabaseInterface,
+) -> None:
     import random
 
     random.seed(4711)
     saved, cancelled = 0, 0
 
     async def request() -> None:
-        async with db.get_session() as session:
+        async with real_database.get_session() as session:
             await session.execute(INSERT, ["a"])
             async with session.begin_nested():
                 await session.execute(INSERT, ["b"])
@@ -642,23 +652,23 @@ async def test_sessions_cancelled_at_random_leave_nothing_behind(db: DatabaseInt
                 assert isinstance(outcome, (asyncio.CancelledError, OperationalError)), outcome
                 cancelled += 1
     assert cancelled > 5
-    await whole(db)
-    rows = await names(db)
+    await whole(real_database)
+    rows = await names(real_database)
     assert rows.count("a") == rows.count("b") >= saved
 
 
 async def test_after_everything_the_server_has_no_session_of_ours_in_a_transaction(
-    db: DatabaseInterface,
+    real_database: DatabaseInterface,
 ) -> None:
-    if db.vendor != "postgresql":
+    if real_database.vendor != "postgresql":
         pytest.skip("pg_stat_activity is PostgreSQL's")
-    tasks = [asyncio.create_task(two_rows(db)) for _ in range(30)]
+    tasks = [asyncio.create_task(two_rows(real_database)) for _ in range(30)]
     await asyncio.sleep(0.02)
     for task in tasks[::3]:
         task.cancel()
     await asyncio.wait(tasks)
-    await whole(db)
-    settings = connections.settings[db.alias]
+    await whole(real_database)
+    settings = connections.settings[real_database.alias]
     async with await psycopg.AsyncConnection.connect(
         host=settings["HOST"], port=settings["PORT"] or None, user=settings["USER"] or None,
         password=settings["PASSWORD"] or None, dbname=settings["NAME"],
@@ -669,6 +679,6 @@ async def test_after_everything_the_server_has_no_session_of_ours_in_a_transacti
         )
         assert await cursor.fetchall() == []
     with pytest.raises(SessionClosedError):
-        session = db.get_session()
+        session = real_database.get_session()
         await session.close()
         await session.execute("SELECT 1")

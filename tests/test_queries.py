@@ -23,8 +23,10 @@ from django.db.models import (
 )
 from django.db.models.functions import ExtractYear, Length, Rank, Upper
 
-from django_asyncsession import Row, Session, UnboundedQueryError, databases, table
+from django_asyncsession import DatabaseInterface, Row, Session, UnboundedQueryError, table
+from django_asyncsession.testing import async_assert_num_queries, capture_queries
 from tests.models import Author, Book, Hero, Member, Slug, Tag, User
+from tests.sessions import sent
 
 users, books, authors = table(User), table(Book), table(Author)
 
@@ -54,28 +56,6 @@ async def library(session: Session) -> Session:
 
 def names(rows: Any) -> list[str]:
     return [row.name for row in rows]
-
-
-class Statements:
-    """Counts what one `run_sync` after another sends."""
-
-    def __init__(self, session: Session):
-        self.session = session
-        self.sql: list[str] = []
-
-    async def __aenter__(self) -> list[str]:
-        await self.session.run_sync(lambda: self._wrappers().append(self._note))
-        return self.sql
-
-    async def __aexit__(self, *exc_info: object) -> None:
-        await self.session.run_sync(lambda: self._wrappers().remove(self._note))
-
-    def _wrappers(self) -> list[Any]:
-        return connections[self.session.alias].execute_wrappers
-
-    def _note(self, execute: Any, sql: str, params: Any, many: bool, context: Any) -> Any:
-        self.sql.append(sql)
-        return execute(sql, params, many, context)
 
 
 async def test_the_ways_to_begin(people: Session) -> None:
@@ -194,11 +174,11 @@ async def test_ends_that_give_rows(people: Session) -> None:
 
 
 async def test_first_and_one_fetch_no_more_than_they_need(people: Session) -> None:
-    async with Statements(people) as sql:
+    with capture_queries(people.alias) as queries:
         await people.select(User).first()
         await people.select(User).where(users.level == 3).one()
         await people.select(User).limit(1).one()
-    assert [text.rsplit("LIMIT", 1)[1].strip() for text in sql] == ["1", "2", "1"]
+    assert [text.rsplit("LIMIT", 1)[1].strip() for text in sent(queries)] == ["1", "2", "1"]
 
 
 async def test_ends_that_give_values(people: Session) -> None:
@@ -262,7 +242,7 @@ async def test_distinct(people: Session) -> None:
 
 
 async def test_related_and_prefetched_rows_come_with_the_row(library: Session) -> None:
-    async with Statements(library) as sql:
+    async with async_assert_num_queries(3, using=library.alias):
         found = await (
             library.select(Book)
             .related(books.author, "editor")
@@ -271,7 +251,6 @@ async def test_related_and_prefetched_rows_come_with_the_row(library: Session) -
             )
             .order_by("title")
         )
-    assert len(sql) == 3
     assert [b.author.name for b in found] == ["Ann", "Bea", "Bea"]
     assert [sorted(t.name for t in b.tags.all()) for b in found] == [["blue", "red"], [], ["red"]]
     assert [b.title for b in found[1].author.all_books] == ["two", "three"]
@@ -391,15 +370,15 @@ async def test_sql_shows_text_and_parameters_without_running(people: Session) ->
 async def test_stream_gives_rows_with_bounded_memory(library: Session) -> None:
     await library.insert.rows(*(Tag(name=f"{i:03}") for i in range(50)))
     query = library.select(Tag).where(name__lt="1").order_by("name")
-    async with Statements(library) as sql:
+    with capture_queries(library.alias) as queries:
         found = [tag.name async for tag in query.stream(chunk_size=7)]
     assert found == [f"{i:03}" for i in range(50)]
-    assert len(sql) == 1
+    assert len(queries) == 1
     titles = library.select(Book).prefetch("tags").order_by("title")
-    async with Statements(library) as sql:
+    with capture_queries(library.alias) as queries:
         got = [(b.title, len(b.tags.all())) async for b in titles.stream(chunk_size=2)]
     assert got == [("one", 2), ("three", 0), ("two", 1)]
-    assert len(sql) == 3
+    assert len(queries) == 3
     assert [row.title async for row in titles.columns("title").stream(2)] == ["one", "three", "two"]
 
 
@@ -413,16 +392,15 @@ async def test_a_stream_left_early_closes_its_cursor(people: Session) -> None:
 
 
 async def test_a_stream_in_autocommit_mode_keeps_its_connection(
-    alias: str, empty_tables: None
+    database: DatabaseInterface,
 ) -> None:
-    async with databases[alias].get_session(autocommit=True) as session:
+    async with database.get_session(autocommit=True) as session:
         await session.insert.rows(*(Tag(name=f"{i:02}") for i in range(10)))
         seen = []
         async for tag in session.stream(session.select(Tag).order_by("name"), chunk_size=3):
             seen.append(tag.name)
             assert await session.select(Tag).count() == 10
         assert seen == [f"{i:02}" for i in range(10)]
-    await databases[alias].close()
 
 
 @pytest.mark.parametrize("alias", ["default"], ids=["postgresql"])

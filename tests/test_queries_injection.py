@@ -1,4 +1,8 @@
-"""Parameters travel as parameters: no text in any place of a value changes what a query is."""
+"""Parameters travel as parameters: no text in any place of a value changes what a query is.
+
+On connections of the pools: the driver that quotes must be the one that sessions have in
+production, which on MySQL the connection of a test does not have.
+"""
 
 from __future__ import annotations
 
@@ -36,9 +40,9 @@ many = settings(
 
 
 @pytest.fixture
-async def world(session: Session) -> Session:
-    await session.insert.rows(User(name="one"), User(name="two"))
-    return session
+async def world(real_session: Session) -> Session:
+    await real_session.insert.rows(User(name="one"), User(name="two"))
+    return real_session
 
 
 async def assert_untouched(session: Session) -> None:

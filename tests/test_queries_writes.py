@@ -10,8 +10,8 @@ from django.db.models import F, Q, Value
 from django.db.models.functions import Upper
 
 from django_asyncsession import Row, Session, UpsertQuery, excluded, table
+from django_asyncsession.testing import async_assert_num_queries, capture_queries
 from tests.models import Account, Author, Book, Box, Line, Member, Restaurant, User, Values
-from tests.test_queries import Statements
 
 users, books, members, accounts = map(table, (User, Book, Member, Account))
 
@@ -28,24 +28,22 @@ async def emails(session: Session) -> list[tuple[str, str]]:
 
 
 async def test_many_rows_are_one_statement(session: Session) -> None:
-    async with Statements(session) as sql:
+    async with async_assert_num_queries(1, using=session.alias):
         rows = await session.insert.rows(*(users(name=str(i)) for i in range(20)))
-    assert len(sql) == 1
     assert len({row.pk for row in rows}) == 20
     assert [row.level for row in rows] == [1] * 20
     assert all((r._state.adding, r._state.db) == (False, session.alias) for r in rows)
     assert await session.insert == []
-    async with Statements(session) as sql:
+    async with async_assert_num_queries(0, using=session.alias):
         await session.add_all(rows)
-    assert sql == []
 
 
 async def test_rows_are_batched_to_the_limit_of_parameters(session: Session) -> None:
     limit = await feature(session, "max_query_params") or 1000
     rows = [Values(text=str(i), number=i) for i in range(limit // 10)]
-    async with Statements(session) as sql:
+    with capture_queries(session.alias) as queries:
         await session.insert.rows(*rows)
-    assert len(sql) < 20
+    assert len(queries) < 20
     assert await session.select(Values).count() == len(rows) == len({row.pk for row in rows})
 
 

@@ -17,7 +17,8 @@ from django.db.models import F, Model, Prefetch
 from django.db.models.signals import post_save, pre_save
 from django.forms.models import model_to_dict, modelform_factory
 
-from django_asyncsession import NotLoadedError, RowNotFound, Session, databases, table
+from django_asyncsession import DatabaseInterface, NotLoadedError, RowNotFound, Session, table
+from django_asyncsession.testing import async_assert_num_queries, capture_queries
 from tests.models import (
     Author,
     Book,
@@ -36,7 +37,7 @@ from tests.models import (
     User,
     Values,
 )
-from tests.test_queries import Statements
+from tests.sessions import sent
 
 users, books, authors = table(User), table(Book), table(Author)
 
@@ -78,9 +79,9 @@ async def test_add_writes_only_what_changed(session: Session) -> None:
     await session.add(User(name="a", level=3))
     row = await session.select(User).one()
     row.name = "b"
-    async with Statements(session) as sql:
+    with capture_queries(session.alias) as queries:
         await session.add(row)
-    updates = [text for text in sql if text.startswith("UPDATE")]
+    updates = [text for text in sent(queries) if text.startswith("UPDATE")]
     assert len(updates) == 1
     assert "name" in updates[0] and "level" not in updates[0] and "xp" not in updates[0]
 
@@ -91,10 +92,9 @@ async def test_add_of_an_unchanged_row_sends_nothing(session: Session) -> None:
     selected = await session.select(User).related("profile").one()
     await session.refresh(got)
     got.xp = 5
-    async with Statements(session) as sql:
+    async with async_assert_num_queries(0, using=session.alias):
         for row in (made, got, selected):
             await session.add(row)
-    assert sql == []
 
 
 async def test_what_came_with_a_row_is_remembered_too(session: Session) -> None:
@@ -107,11 +107,10 @@ async def test_what_came_with_a_row_is_remembered_too(session: Session) -> None:
     (book,) = await query
     (same,) = [row async for row in query.stream(10)]
     assert same == book
-    async with Statements(session) as sql:
+    async with async_assert_num_queries(0, using=session.alias):
         rows = [book.author, *book.tags.all(), *book.author.books.all(), *book.all_tags]  # type: ignore[attr-defined]
         assert len(rows) == 4
         await session.add_all(rows)
-    assert sql == []
 
 
 async def test_auto_now_moves_when_something_is_written(session: Session) -> None:
@@ -156,20 +155,18 @@ async def test_arrays_changed_in_place_are_written(session: Session) -> None:
     await session.add(row)
     stored = await reread(session, row)
     assert stored.names == ["a", "b"]
-    async with Statements(session) as sql:
+    async with async_assert_num_queries(0, using=session.alias):
         await session.add(stored)
-    assert sql == []
 
 
 async def test_a_new_file_is_written(session: Session) -> None:
     row = await session.add(Upload(file=ContentFile(b"one", "a.txt")))
     name = row.file.name
     row = await reread(session, row)
-    async with Statements(session) as sql:
+    async with async_assert_num_queries(0, using=session.alias):
         await session.add(row)
         assert row.file.read() == b"one"
         await session.add(row)
-    assert sql == []
     row.file = ContentFile(b"two", name)
     await session.add(row)
     stored = await reread(session, row)
@@ -186,15 +183,15 @@ async def test_many_rows_are_updated_at_once(session: Session) -> None:
     rows[1].xp = F("xp") + 5
     rows[3].name = "y"
     query = session.update.rows(*rows[:2]).add_row(rows[2]).rows(rows[3])
-    async with Statements(session) as sql:
+    with capture_queries(session.alias) as queries:
         assert await query == 4
-    assert sum(text.startswith("UPDATE") for text in sql) == 2
+    assert sum(text.startswith("UPDATE") for text in sent(queries)) == 2
     stored = await session.select(User).order_by("name").columns("name", "xp")
     assert [tuple(row) for row in stored] == [("A", 1), ("B", 6), ("c", 1)]
     assert rows[1].xp == 6
-    async with Statements(session) as sql:
+    with capture_queries(session.alias) as queries:
         assert await query == 0
-    assert [text for text in sql if "SAVEPOINT" not in text] == []
+    assert len(queries) == 0
 
 
 async def test_the_snapshot_stays_out_of_sight(session: Session) -> None:
@@ -207,9 +204,9 @@ async def test_the_snapshot_stays_out_of_sight(session: Session) -> None:
     assert form.is_valid()
     for twin in (copy.copy(row), copy.deepcopy(row)):
         twin.name = "b"
-        async with Statements(session) as sql:
+        with capture_queries(session.alias) as queries:
             await session.add(twin)
-        assert "xp" not in sql[0].split("SET")[1]
+        assert "xp" not in queries[0]["sql"].split("SET")[1]
     again = pickle.loads(pickle.dumps(row))
     assert again == row and again.name == row.name
     again.level = 5
@@ -220,12 +217,11 @@ async def test_the_snapshot_stays_out_of_sight(session: Session) -> None:
 async def test_rows_from_elsewhere_are_saved_whole(session: Session) -> None:
     await session.add(User(name="a", xp=1))
     row = await session.run_sync(User.objects.using(session.alias).get)
-    async with Statements(session) as sql:
+    with capture_queries(session.alias) as queries:
         await session.add(row)
-    assert sum("UPDATE" in text and "xp" in text for text in sql) == 1
-    async with Statements(session) as sql:
+    assert sum("UPDATE" in text and "xp" in text for text in sent(queries)) == 1
+    async with async_assert_num_queries(0, using=session.alias):
         await session.add(row)
-    assert sql == []
 
 
 async def test_a_copy_is_made_by_taking_the_key_away(session: Session) -> None:
@@ -294,9 +290,9 @@ async def test_signals_tell_new_from_old(session: Session) -> None:
 
 async def test_merge_writes_what_was_set(session: Session) -> None:
     row = await session.add(User(name="a", level=4, xp=7))
-    async with Statements(session) as sql:
+    with capture_queries(session.alias) as queries:
         merged = await session.merge(users(id=row.pk, name="b"))
-    assert len(sql) == 1 and "level" not in sql[0] and "xp" not in sql[0]
+    assert len(queries) == 1 and "level" not in queries[0]["sql"] and "xp" not in queries[0]["sql"]
     stored = await reread(session, row)
     assert (stored.name, stored.level, stored.xp) == ("b", 4, 7)
     await session.load(merged, "level")
@@ -309,10 +305,9 @@ async def test_merge_writes_what_was_set(session: Session) -> None:
     stored = await reread(session, row)
     assert (stored.name, stored.level) == ("b", 9)
     stored.name = "d"
-    async with Statements(session) as sql:
+    async with async_assert_num_queries(1, using=session.alias):
         await session.update_now(stored)
         await session.merge(stored)
-    assert len(sql) == 1
 
 
 async def test_merge_of_a_missing_row_is_an_error(session: Session) -> None:
@@ -385,9 +380,9 @@ async def test_tables_of_every_kind(session: Session) -> None:
     found = await session.select(Restaurant).where(table(Restaurant).name == "r").one()
     before = found.updated
     found.city = "Bruges"
-    async with Statements(session) as sql:
+    with capture_queries(session.alias) as queries:
         await session.add(found)
-    assert sum("UPDATE" in text for text in sql) == 2 and found.updated > before
+    assert sum("UPDATE" in text for text in sent(queries)) == 2 and found.updated > before
     assert (await session.select(Place).one()).city == "Bruges"
     await session.merge(table(Restaurant)(pk=place.pk, stars=3))
     assert (await reread(session, place)).stars == 3
@@ -416,17 +411,15 @@ async def test_load_takes_one_query_for_each_step_and_all_rows(session: Session)
         book = await session.add(Book(title=title, author=author))
         await session.related(book).tags.set(tags)
     found = await session.select(Book).only("title").order_by("title")
-    async with Statements(session) as sql:
+    async with async_assert_num_queries(5, using=session.alias):
         await session.load(found, books.author, "tags__owner", "price")
-    assert len(sql) == 5
     assert {b.author.name for b in found} == {"a"}
     assert {t.owner.name for b in found for t in b.tags.all() if t.owner} == {"o"}
     assert {b.price for b in found} == {0}
-    async with Statements(session) as sql:
+    async with async_assert_num_queries(0, using=session.alias):
         await session.add_all(found)
         await session.load(found, "author")
         await session.load([], "author")
-    assert sql == []
     await session.load(found[0], Prefetch("tags", Tag.objects.filter(name="s"), "s_tags"))
     assert [t.name for t in found[0].s_tags] == ["s"]  # type: ignore[attr-defined]
     by_hand = books(id=found[0].pk, author_id=author.pk)
@@ -486,6 +479,8 @@ async def test_relationships_of_every_kind(session: Session) -> None:
     assert loaded.about == top
 
 
+# A row that was only made has no database, so it is the default one that would be asked.
+@pytest.mark.django_db(databases="__all__")
 async def test_an_unloaded_relation_names_the_fix(session: Session) -> None:
     author = await session.add(Author(name="a"))
     await session.add(Book(title="x", author=author))
@@ -533,24 +528,24 @@ async def test_rows_outlive_the_session(session: Session) -> None:
         _ = book.author.books.all()[0]
 
 
-async def names_of(alias: str) -> list[str]:
+async def names_of(database: DatabaseInterface) -> list[str]:
     """Names of all users, as another session sees them."""
-    async with databases[alias].get_session() as other:
+    async with database.get_session() as other:
         found = await other.select(User).order_by("name").columns("name").scalars()
     return list(found)
 
 
 async def test_rows_of_a_rolled_back_transaction_are_written_again(
-    alias: str, empty_tables: None
+    database: DatabaseInterface,
 ) -> None:
     """What a session believes of a row ends with the transaction that made it true."""
     one, two, three = users(name="one"), User(name="two"), users(name="three")
     old = User(name="old")
-    async with databases[alias].get_session() as session:
+    async with database.get_session() as session:
         await session.add(old)
 
     async def attempt() -> None:
-        async with databases[alias].get_session() as session:
+        async with database.get_session() as session:
             await session.add(one)
             await session.add_all([two])
             await session.insert.rows(three)
@@ -565,14 +560,11 @@ async def test_rows_of_a_rolled_back_transaction_are_written_again(
     failed: list[bool] = []
     with pytest.raises(ZeroDivisionError):
         await attempt()
-    assert await names_of(alias) == ["old"]
+    assert await names_of(database) == ["old"]
     await attempt()
-    assert await names_of(alias) == ["new", "one", "three", "two"]
-    async with databases[alias].get_session() as session:
-        async with Statements(session) as sql:
-            await session.add_all([one, two, three, old])
-        assert sql == []
-    await databases[alias].close()
+    assert await names_of(database) == ["new", "one", "three", "two"]
+    async with database.get_session() as session, async_assert_num_queries(0, database.alias):
+        await session.add_all([one, two, three, old])
 
 
 async def test_rows_of_a_rolled_back_savepoint_are_written_again(session: Session) -> None:
@@ -601,14 +593,13 @@ async def test_rows_of_a_rolled_back_savepoint_are_written_again(session: Sessio
 
 
 async def test_rows_of_a_failed_call_are_written_again_in_autocommit_mode(
-    alias: str, empty_tables: None
+    database: DatabaseInterface,
 ) -> None:
     good, bad = Author(name="same"), Author(name="same")
-    async with databases[alias].get_session(autocommit=True) as session:
+    async with database.get_session(autocommit=True) as session:
         with pytest.raises(IntegrityError):
             await session.add_all([good, bad])
         await session.add(good)
         assert await session.select(Author).columns("name").scalars() == ["same"]
         await session.add(good)
         assert await session.select(Author).count() == 1
-    await databases[alias].close()

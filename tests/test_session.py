@@ -108,21 +108,23 @@ async def test_after_close_every_call_says_where_the_session_was_made(name: str)
         await session.__aenter__()
 
 
-async def test_closing_twice_or_before_begin_does_nothing(db: DatabaseInterface) -> None:
-    session = db.get_session()
+async def test_closing_twice_or_before_begin_does_nothing(real_database: DatabaseInterface) -> None:
+    session = real_database.get_session()
     await session.close()
     await session.close()
     assert session.closed and session.state is State.CLOSED
-    other = await db.get_session().begin()
+    other = await real_database.get_session().begin()
     await other.execute(INSERT, ["a"])
     await other.close()
     await other.close()
-    assert await names(db) == []
-    await whole(db)
+    assert await names(real_database) == []
+    await whole(real_database)
 
 
-async def test_beginning_twice_is_an_error_that_names_nesting(db: DatabaseInterface) -> None:
-    session = await db.get_session().begin()
+async def test_beginning_twice_is_an_error_that_names_nesting(
+    real_database: DatabaseInterface,
+) -> None:
+    session = await real_database.get_session().begin()
     for begin in (session.begin, session.start):
         with pytest.raises(SessionStateError, match="already; nest with `async with session"):
             await begin()
@@ -132,22 +134,22 @@ async def test_beginning_twice_is_an_error_that_names_nesting(db: DatabaseInterf
     with pytest.raises(SessionClosedError):
         async with session:
             pass
-    plain = await db.get_session(autocommit=True).begin()
+    plain = await real_database.get_session(autocommit=True).begin()
     with pytest.raises(SessionStateError, match="has begun already; use `async with"):
         await plain.begin()
     await plain.close()
 
 
-async def test_begin_and_start_return_the_session(db: DatabaseInterface) -> None:
-    session = db.get_session()
+async def test_begin_and_start_return_the_session(real_database: DatabaseInterface) -> None:
+    session = real_database.get_session()
     assert await session.start() is session
     assert session.in_transaction
     await session.close()
 
 
-async def test_the_repr_shows_the_state_and_no_secret(db: DatabaseInterface) -> None:
-    session = db.get_session()
-    alias = repr(db.alias)
+async def test_the_repr_shows_the_state_and_no_secret(real_database: DatabaseInterface) -> None:
+    session = real_database.get_session()
+    alias = repr(real_database.alias)
     assert repr(session) == f"<Session {alias} not begun>"
     async with session:
         assert repr(session) == f"<Session {alias} in transaction>"
@@ -159,7 +161,10 @@ async def test_the_repr_shows_the_state_and_no_secret(db: DatabaseInterface) -> 
         await session.commit()
         assert repr(session) == f"<Session {alias} open>"
     assert repr(session) == f"<Session {alias} closed>"
-    assert repr(db.get_session(autocommit=True)) == f"<Session {alias} not begun, autocommit>"
+    assert (
+        repr(real_database.get_session(autocommit=True))
+        == f"<Session {alias} not begun, autocommit>"
+    )
 
 
 @pytest.mark.parametrize(
@@ -182,9 +187,9 @@ def test_unknown_options_are_refused() -> None:
 
 
 async def test_nothing_is_taken_from_the_pool_before_the_first_statement(
-    db: DatabaseInterface,
+    real_database: DatabaseInterface,
 ) -> None:
-    async with db.get_session(isolation="serializable") as session:
+    async with real_database.get_session(isolation="serializable") as session:
         session.on_rollback(print)
         session.set_rollback(True)
         session.set_rollback(False)
@@ -192,43 +197,47 @@ async def test_nothing_is_taken_from_the_pool_before_the_first_statement(
         assert session.in_transaction
         await session.rollback()
         await session.commit()
-    assert db.stats()["requests_num"] == 0
+    assert real_database.stats()["requests_num"] == 0
 
 
-async def test_begin_on_use_begins_with_the_first_statement(db: DatabaseInterface) -> None:
-    session = db.get_session(begin_on_use=True)
+async def test_begin_on_use_begins_with_the_first_statement(
+    real_database: DatabaseInterface,
+) -> None:
+    session = real_database.get_session(begin_on_use=True)
     assert not session.in_transaction
     await session.execute(INSERT, ["a"])
     assert session.in_transaction
     await session.commit()
     await session.close()
-    assert await names(db) == ["a"]
+    assert await names(real_database) == ["a"]
 
 
-async def test_a_custom_subclass_and_its_info_are_the_users_own(db: DatabaseInterface) -> None:
+async def test_a_custom_subclass_and_its_info_are_the_users_own(
+    real_database: DatabaseInterface,
+) -> None:
     class Shop(Session):
         async def users(self) -> int:
             return int(await self.fetch_value(COUNT))
 
-    async with Shop(bind=db, read_only=None) as session:
+    async with Shop(bind=real_database, read_only=None) as session:
         session.info["request"] = 7
         assert await session.users() == 0
         assert repr(session).startswith("<Shop ")
     assert session.info == {"request": 7}
-    assert db.get_session().info == {}
+    assert real_database.get_session().info == {}
 
 
 # Begin, commit, rollback
 
 
-async def test_async_with_commits(db: DatabaseInterface) -> None:
-    async with db.get_session() as session:
+async def test_async_with_commits(real_database: DatabaseInterface) -> None:
+    async with real_database.get_session() as session:
         await session.execute(INSERT, ["a"])
-        assert await names(db) == []
+        assert await names(real_database) == []
     assert session.closed
     assert session.outcome is Outcome.COMMITTED
-    assert await names(db) == ["a"]
-    await whole(db)
+    assert await names(real_database) == ["a"]
+    await whole(real_database)
 
 
 @pytest.mark.parametrize(
@@ -242,9 +251,9 @@ async def test_async_with_commits(db: DatabaseInterface) -> None:
     ],
 )
 async def test_async_with_rolls_back_on_any_exception_and_lets_it_pass(
-    db: DatabaseInterface, error: BaseException
+    real_database: DatabaseInterface, error: BaseException
 ) -> None:
-    session = db.get_session()
+    session = real_database.get_session()
     with pytest.raises(type(error)) as caught:
         async with session:
             await session.execute(INSERT, ["a"])
@@ -252,55 +261,57 @@ async def test_async_with_rolls_back_on_any_exception_and_lets_it_pass(
     assert caught.value is error
     assert session.closed
     assert session.outcome is Outcome.ROLLED_BACK
-    assert await names(db) == []
-    await whole(db)
+    assert await names(real_database) == []
+    await whole(real_database)
 
 
 async def test_after_commit_the_next_statement_begins_a_new_transaction(
-    db: DatabaseInterface,
+    real_database: DatabaseInterface,
 ) -> None:
-    async with db.get_session() as session:
+    async with real_database.get_session() as session:
         await session.execute(INSERT, ["a"])
         assert await session.commit() is session
         assert not session.in_transaction and session.state is State.IDLE
-        await whole(db)
+        await whole(real_database)
         await session.commit()
         await session.execute(INSERT, ["b"])
         assert await session.rollback() is session
         await session.rollback()
         await session.begin()
         await session.execute(INSERT, ["c"])
-    assert await names(db) == ["a", "c"]
+    assert await names(real_database) == ["a", "c"]
 
 
-async def test_a_reset_session_can_begin_again(db: DatabaseInterface) -> None:
-    session = await db.get_session().begin()
+async def test_a_reset_session_can_begin_again(real_database: DatabaseInterface) -> None:
+    session = await real_database.get_session().begin()
     await session.execute(INSERT, ["a"])
     assert (await session.reset()).state is State.NEW
     async with session:
         await session.execute(INSERT, ["b"])
-    assert await names(db) == ["b"]
+    assert await names(real_database) == ["b"]
     assert (await session.reset()).state is State.NEW
 
 
-async def test_a_failed_commit_leaves_the_session_closed(db: DatabaseInterface) -> None:
-    session = await db.get_session().begin()
+async def test_a_failed_commit_leaves_the_session_closed(real_database: DatabaseInterface) -> None:
+    session = await real_database.get_session().begin()
     await session.execute(INSERT, ["a"])
     session.on_commit(lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         await session.commit()
     assert session.closed
     assert session.outcome is Outcome.COMMITTED
-    assert await names(db) == ["a"]
-    await whole(db)
+    assert await names(real_database) == ["a"]
+    await whole(real_database)
 
 
-async def test_released_commits_and_holds_no_connection_meanwhile(db: DatabaseInterface) -> None:
-    async with db.get_session() as session:
+async def test_released_commits_and_holds_no_connection_meanwhile(
+    real_database: DatabaseInterface,
+) -> None:
+    async with real_database.get_session() as session:
         await session.execute(INSERT, ["a"])
         async with session.released():
-            assert await names(db) == ["a"]
-            await whole(db)
+            assert await names(real_database) == ["a"]
+            await whole(real_database)
             with pytest.raises(
                 SessionStateError, match=r"gave its connection back for the `released\(\)` block"
             ):
@@ -308,16 +319,18 @@ async def test_released_commits_and_holds_no_connection_meanwhile(db: DatabaseIn
             with pytest.raises(SessionStateError):
                 await session.commit()
         await session.execute(INSERT, ["b"])
-    assert await names(db) == ["a", "b"]
-    async with db.get_session(autocommit=True) as plain:
+    assert await names(real_database) == ["a", "b"]
+    async with real_database.get_session(autocommit=True) as plain:
         async with plain.released():
             pass
         await plain.execute(INSERT, ["c"])
-    assert await names(db) == ["a", "b", "c"]
+    assert await names(real_database) == ["a", "b", "c"]
 
 
-async def test_an_error_in_released_leaves_the_session_as_it_was(db: DatabaseInterface) -> None:
-    async with db.get_session() as session:
+async def test_an_error_in_released_leaves_the_session_as_it_was(
+    real_database: DatabaseInterface,
+) -> None:
+    async with real_database.get_session() as session:
         with pytest.raises(ValueError):
             async with session.released():
                 raise ValueError
@@ -325,14 +338,14 @@ async def test_an_error_in_released_leaves_the_session_as_it_was(db: DatabaseInt
         async with session.begin_nested():
             with pytest.raises(SessionStateError, match=r"commit\(\) inside a nested block"):
                 await session.released().__aenter__()
-    assert await names(db) == ["a"]
+    assert await names(real_database) == ["a"]
 
 
 # Raw SQL
 
 
-async def test_one_parameter_style_on_every_database(db: DatabaseInterface) -> None:
-    async with db.get_session() as session:
+async def test_one_parameter_style_on_every_database(real_database: DatabaseInterface) -> None:
+    async with real_database.get_session() as session:
         assert await session.fetch_value("SELECT %s", [5]) == 5
         assert await session.fetch_value("SELECT %(a)s", {"a": "x"}) == "x"
         assert await session.fetch_value("SELECT %s", ("%s; '\"",)) == "%s; '\""
@@ -342,8 +355,8 @@ async def test_one_parameter_style_on_every_database(db: DatabaseInterface) -> N
         assert await session.fetch_value("SELECT %s", [None]) is None
 
 
-async def test_rows_touched_are_told(db: DatabaseInterface) -> None:
-    async with db.get_session() as session:
+async def test_rows_touched_are_told(real_database: DatabaseInterface) -> None:
+    async with real_database.get_session() as session:
         assert await session.execute(INSERT, ["a"]) == 1
         assert await session.execute_many(INSERT, (["b"] for _ in range(3))) == 3
         assert await session.execute("UPDATE tests_user SET level = 2 WHERE name = %s", ["b"]) == 3
@@ -352,14 +365,16 @@ async def test_rows_touched_are_told(db: DatabaseInterface) -> None:
         assert await session.fetch_value(COUNT) == 4
 
 
-async def test_a_script_runs_all_its_statements_in_the_transaction(db: DatabaseInterface) -> None:
+async def test_a_script_runs_all_its_statements_in_the_transaction(
+    real_database: DatabaseInterface,
+) -> None:
     script = """
         -- two; users
         INSERT INTO tests_user (name, level) VALUES ('a;b', 1);
         INSERT INTO tests_user (name, level) VALUES ('100%', 1); ;
         /* done; */
     """
-    async with db.get_session() as session:
+    async with real_database.get_session() as session:
         await session.execute_script(script)
         assert await session.fetch_value(COUNT) == 2
         await session.rollback()
@@ -380,10 +395,10 @@ WRONG = {
 @pytest.mark.parametrize("wrong", WRONG)
 @pytest.mark.parametrize("autocommit", [False, True])
 async def test_a_wrong_statement_raises_what_djangos_cursor_raises(
-    db: DatabaseInterface, wrong: str, autocommit: bool
+    real_database: DatabaseInterface, wrong: str, autocommit: bool
 ) -> None:
     sql, params, error = WRONG[wrong]
-    session = await db.get_session(autocommit=autocommit).begin()
+    session = await real_database.get_session(autocommit=autocommit).begin()
     for call in (session.execute, session.cursor, session.fetch_all):
         with pytest.raises(error) as caught:
             await call(sql, params)
@@ -393,11 +408,11 @@ async def test_a_wrong_statement_raises_what_djangos_cursor_raises(
             await session.rollback()
     assert await session.fetch_value("SELECT 1") == 1
     await session.close()
-    await whole(db)
+    await whole(real_database)
 
 
-async def test_sql_of_a_wrong_type_is_refused(db: DatabaseInterface) -> None:
-    async with db.get_session() as session:
+async def test_sql_of_a_wrong_type_is_refused(real_database: DatabaseInterface) -> None:
+    async with real_database.get_session() as session:
         for wrong in (b"SELECT 1", 1, None):
             with pytest.raises(TypeError, match="SQL must be a string"):
                 await session.execute(wrong)
@@ -405,9 +420,9 @@ async def test_sql_of_a_wrong_type_is_refused(db: DatabaseInterface) -> None:
 
 
 async def test_an_integrity_error_is_djangos_with_the_drivers_as_its_cause(
-    db: DatabaseInterface,
+    real_database: DatabaseInterface,
 ) -> None:
-    async with db.get_session() as session:
+    async with real_database.get_session() as session:
         with pytest.raises(IntegrityError) as caught:
             async with session.begin_nested():
                 await session.add(Author(name="a"))
@@ -423,13 +438,14 @@ async def test_an_integrity_error_is_djangos_with_the_drivers_as_its_cause(
 
 
 @pytest.fixture
-async def numbers(db: DatabaseInterface) -> DatabaseInterface:
+async def numbers(real_database: DatabaseInterface) -> DatabaseInterface:
     """A database with 3,000 users, named by their number."""
-    async with db.get_session() as session:
+    async with real_database.get_session() as session:
         await session.run_sync(
-            User.objects.using(db.alias).bulk_create, [User(name=f"{n:05}") for n in range(3000)]
+            User.objects.using(real_database.alias).bulk_create,
+            [User(name=f"{n:05}") for n in range(3000)],
         )
-    return db
+    return real_database
 
 
 NUMBERS = "SELECT name FROM tests_user ORDER BY name"
@@ -545,8 +561,10 @@ async def test_a_stream_needs_little_memory(numbers: DatabaseInterface) -> None:
 # Rows
 
 
-async def test_add_inserts_a_new_row_and_updates_a_loaded_one(db: DatabaseInterface) -> None:
-    async with db.get_session() as session:
+async def test_add_inserts_a_new_row_and_updates_a_loaded_one(
+    real_database: DatabaseInterface,
+) -> None:
+    async with real_database.get_session() as session:
         user = User(name="heck")
         assert await session.add(user) is user
         assert user.pk
@@ -555,12 +573,12 @@ async def test_add_inserts_a_new_row_and_updates_a_loaded_one(db: DatabaseInterf
         (loaded,) = await session.add_all([await session.get_one(User, user.pk)])
         assert loaded.level == 7
         assert await session.fetch_value(COUNT) == 1
-        assert user._state.db == db.alias
-    assert await names(db) == ["heck"]
+        assert user._state.db == real_database.alias
+    assert await names(real_database) == ["heck"]
 
 
-async def test_add_all_is_all_or_none(db: DatabaseInterface) -> None:
-    session = await db.get_session(autocommit=True).begin()
+async def test_add_all_is_all_or_none(real_database: DatabaseInterface) -> None:
+    session = await real_database.get_session(autocommit=True).begin()
     with pytest.raises(IntegrityError):
         async with session.atomic():
             await session.add_all([Author(name="a"), Author(name="a")])
@@ -568,8 +586,8 @@ async def test_add_all_is_all_or_none(db: DatabaseInterface) -> None:
     await session.close()
 
 
-async def test_get_and_get_one(db: DatabaseInterface) -> None:
-    async with db.get_session() as session:
+async def test_get_and_get_one(real_database: DatabaseInterface) -> None:
+    async with real_database.get_session() as session:
         user = await session.add(User(name="heck"))
         assert (await session.get_one(User, user.pk)).name == "heck"
         assert await session.get(User, user.pk) == user
@@ -579,8 +597,8 @@ async def test_get_and_get_one(db: DatabaseInterface) -> None:
         assert await session.fetch_value(COUNT) == 1
 
 
-async def test_remove_follows_on_delete(db: DatabaseInterface) -> None:
-    async with db.get_session() as session:
+async def test_remove_follows_on_delete(real_database: DatabaseInterface) -> None:
+    async with real_database.get_session() as session:
         author, editor = await session.add_all([Author(name="a"), Author(name="b")])
         book = await session.add(Book(title="t", author=author, editor=editor))
         await session.remove(editor)
@@ -592,8 +610,10 @@ async def test_remove_follows_on_delete(db: DatabaseInterface) -> None:
             await session.remove(Author(name="new"))
 
 
-async def test_refresh_reads_again_and_says_when_the_row_is_gone(db: DatabaseInterface) -> None:
-    async with db.get_session() as session:
+async def test_refresh_reads_again_and_says_when_the_row_is_gone(
+    real_database: DatabaseInterface,
+) -> None:
+    async with real_database.get_session() as session:
         user = await session.add(User(name="heck"))
         await session.execute("UPDATE tests_user SET name = 'new', level = 9")
         assert (await session.refresh(user, fields=["name"])).name == "new"
@@ -604,28 +624,32 @@ async def test_refresh_reads_again_and_says_when_the_row_is_gone(db: DatabaseInt
             await session.refresh(user)
 
 
-async def test_truncate_empties_the_table_and_starts_its_keys_anew(db: DatabaseInterface) -> None:
-    async with db.get_session() as session:
+async def test_truncate_empties_the_table_and_starts_its_keys_anew(
+    real_database: DatabaseInterface,
+) -> None:
+    async with real_database.get_session() as session:
         await session.add_all([Author(name="a"), Author(name="b")])
         await session.execute(INSERT, ["stays"])
-    async with db.get_session() as session:
-        await session.truncate(Author, cascade=db.vendor == "postgresql")
+    async with real_database.get_session() as session:
+        await session.truncate(Author, cascade=real_database.vendor == "postgresql")
         author = await session.add(Author(name="c"))
         assert author.pk == 1
-    assert await names(db) == ["stays"]
+    assert await names(real_database) == ["stays"]
 
 
-async def test_truncate_says_when_other_tables_refer_to_it(db: DatabaseInterface) -> None:
-    if db.vendor != "postgresql":
+async def test_truncate_says_when_other_tables_refer_to_it(
+    real_database: DatabaseInterface,
+) -> None:
+    if real_database.vendor != "postgresql":
         pytest.skip("only PostgreSQL refuses")
-    session = await db.get_session().begin()
+    session = await real_database.get_session().begin()
     with pytest.raises(DatabaseError, match="foreign key"):
         await session.truncate(Author)
     await session.close()
 
 
-async def test_rows_stay_readable_after_the_session(db: DatabaseInterface) -> None:
-    async with db.get_session() as session:
+async def test_rows_stay_readable_after_the_session(real_database: DatabaseInterface) -> None:
+    async with real_database.get_session() as session:
         user = await session.add(User(name="heck"))
         tag = await session.add(Tag(name="t", owner=user))
         (row,) = await session.fetch_all("SELECT name FROM tests_tag")
@@ -635,10 +659,12 @@ async def test_rows_stay_readable_after_the_session(db: DatabaseInterface) -> No
 # Autocommit mode
 
 
-async def test_in_autocommit_mode_each_statement_is_saved_at_once(db: DatabaseInterface) -> None:
-    session = await db.get_session(autocommit=True).begin()
+async def test_in_autocommit_mode_each_statement_is_saved_at_once(
+    real_database: DatabaseInterface,
+) -> None:
+    session = await real_database.get_session(autocommit=True).begin()
     await session.execute(INSERT, ["a"])
-    assert await names(db) == ["a"]
+    assert await names(real_database) == ["a"]
     with pytest.raises(DatabaseError):
         await session.execute("SELECT * FROM no_such_table")
     await session.execute(INSERT, ["b"])
@@ -654,60 +680,60 @@ async def test_in_autocommit_mode_each_statement_is_saved_at_once(db: DatabaseIn
         ):
             at_once()
     await session.close()
-    assert await names(db) == ["a", "b"]
-    await whole(db)
+    assert await names(real_database) == ["a", "b"]
+    await whole(real_database)
 
 
 async def test_in_autocommit_mode_gather_is_parallel_on_connections_of_their_own(
-    db: DatabaseInterface,
+    real_database: DatabaseInterface,
 ) -> None:
-    async with db.get_session(autocommit=True) as session:
+    async with real_database.get_session(autocommit=True) as session:
         await asyncio.gather(*(session.fetch_value("SELECT 1") for _ in range(5)))
         most = 0
 
         async def watch() -> None:
             nonlocal most
             while True:
-                stats = db.stats()
+                stats = real_database.stats()
                 most = max(most, stats["pool_size"] - stats["pool_available"])
                 await asyncio.sleep(0.005)
 
         watcher = asyncio.create_task(watch())
         async with asyncio.timeout(20), LoopProbe() as probe:
-            await asyncio.gather(*(session.execute(slow(db, 0.1)) for _ in range(5)))
+            await asyncio.gather(*(session.execute(slow(real_database, 0.1)) for _ in range(5)))
         watcher.cancel()
     assert most == 5
     assert probe.worst < longest_stall()
-    await whole(db)
+    await whole(real_database)
 
 
-async def test_in_autocommit_mode_atomic_is_a_transaction(db: DatabaseInterface) -> None:
-    async with db.get_session(autocommit=True) as session:
+async def test_in_autocommit_mode_atomic_is_a_transaction(real_database: DatabaseInterface) -> None:
+    async with real_database.get_session(autocommit=True) as session:
         async with session.atomic():
             await session.execute(INSERT, ["a"])
             assert session.in_transaction
             async with session.atomic(), session.begin_nested():
                 await session.execute(INSERT, ["b"])
-            assert await names(db) == []
+            assert await names(real_database) == []
         assert not session.in_transaction
         with pytest.raises(ZeroDivisionError):
             async with session.atomic(durable=True):
                 await session.execute(INSERT, ["c"])
                 raise ZeroDivisionError
         await session.execute(INSERT, ["d"])
-    assert await names(db) == ["a", "b", "d"]
-    await whole(db)
+    assert await names(real_database) == ["a", "b", "d"]
+    await whole(real_database)
 
 
 async def test_in_autocommit_mode_on_commit_calls_at_once(
-    db: DatabaseInterface, caplog: pytest.LogCaptureFixture
+    real_database: DatabaseInterface, caplog: pytest.LogCaptureFixture
 ) -> None:
     calls: list[str] = []
 
     async def awaits() -> None:
         calls.append("awaited")
 
-    async with db.get_session(autocommit=True) as session:
+    async with real_database.get_session(autocommit=True) as session:
         session.on_commit(lambda: calls.append("now"))
         assert calls == ["now"]
         for cannot in (awaits, lambda: awaits()):
@@ -726,13 +752,13 @@ async def test_in_autocommit_mode_on_commit_calls_at_once(
 
 
 async def test_in_autocommit_mode_options_hold_for_each_statement_and_do_not_stick(
-    db: DatabaseInterface,
+    real_database: DatabaseInterface,
 ) -> None:
-    if db.vendor != "postgresql":
+    if real_database.vendor != "postgresql":
         pytest.skip("SHOW is PostgreSQL's")
-    with pool(db, max_size=1):
-        await db.connect()
-    async with db.get_session(
+    with pool(real_database, max_size=1):
+        await real_database.connect()
+    async with real_database.get_session(
         autocommit=True, timeout=5, read_only=True, isolation="serializable"
     ) as session:
         assert await session.fetch_value("SHOW statement_timeout") == "5s"
@@ -740,36 +766,38 @@ async def test_in_autocommit_mode_options_hold_for_each_statement_and_do_not_sti
         assert await session.fetch_value("SHOW transaction_isolation") == "serializable"
         with pytest.raises(DatabaseError, match="read-only"):
             await session.execute(INSERT, ["a"])
-    async with db.get_session() as plain:
+    async with real_database.get_session() as plain:
         assert await plain.fetch_value("SHOW statement_timeout") == "0"
         assert await plain.fetch_value("SHOW transaction_read_only") == "off"
         assert await plain.fetch_value("SHOW transaction_isolation") == "read committed"
 
 
-async def test_the_drivers_own_connection_can_be_reached(db: DatabaseInterface) -> None:
-    async with db.get_session() as session:
+async def test_the_drivers_own_connection_can_be_reached(real_database: DatabaseInterface) -> None:
+    async with real_database.get_session() as session:
         connection = await session.driver_connection()
         assert hasattr(connection, "cursor")
 
 
 async def test_a_session_never_closed_warns_with_where_it_was_made_and_loses_no_slot(
-    db: DatabaseInterface, without_collector: None
+    real_database: DatabaseInterface, without_collector: None
 ) -> None:
     told: list[str] = []
-    with pool(db, max_size=1):
-        await db.connect()
+    with pool(real_database, max_size=1):
+        await real_database.connect()
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         warnings.showwarning = lambda message, *args: told.append(str(message))  # type: ignore[assignment]
-        session = await db.get_session().begin()
+        session = await real_database.get_session().begin()
         await session.execute(INSERT, ["a"])
         del session
     assert re.search(
         r"<Session .* in transaction> made at .*test_session\.py:\d+ in .* was never", told[0]
     )
-    assert await soon(lambda: db.stats()["pool_size"] == db.stats()["pool_available"])
-    assert await names(db) == []
-    await whole(db)
+    assert await soon(
+        lambda: real_database.stats()["pool_size"] == real_database.stats()["pool_available"]
+    )
+    assert await names(real_database) == []
+    await whole(real_database)
 
 
 @pytest.fixture
@@ -815,14 +843,14 @@ async def cancelled(session: Session) -> None:
 
 @pytest.mark.parametrize("request_of", [fine, broken, swallowed, cancelled])
 async def test_a_session_is_freed_without_the_collector(
-    db: DatabaseInterface, request_of: Any, without_collector: None
+    real_database: DatabaseInterface, request_of: Any, without_collector: None
 ) -> None:
     async def serve() -> weakref.ref[Session]:
-        session = db.get_session()
+        session = real_database.get_session()
         task = asyncio.create_task(request_of(session))
         await asyncio.wait([task])
         assert (task.exception() is None) is (request_of is fine)
         return weakref.ref(session)
 
     assert (await serve())() is None
-    await whole(db)
+    await whole(real_database)

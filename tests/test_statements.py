@@ -122,9 +122,11 @@ def test_a_savepoint_name_that_cannot_be_quoted_is_refused(name: str) -> None:
         check_savepoint_name(name)
 
 
-async def test_two_statements_are_refused_before_anything_is_sent(db: DatabaseInterface) -> None:
+async def test_two_statements_are_refused_before_anything_is_sent(
+    real_database: DatabaseInterface,
+) -> None:
     both = "INSERT INTO tests_user (name, level) VALUES ('a', 1); DELETE FROM tests_user"
-    async with db.get_session() as session:
+    async with real_database.get_session() as session:
         for refused in (
             session.execute(both),
             session.cursor(both),
@@ -137,8 +139,8 @@ async def test_two_statements_are_refused_before_anything_is_sent(db: DatabaseIn
             with pytest.raises(MultipleStatements) as caught:
                 await refused
             assert isinstance(caught.value, DatabaseError)
-        assert db.stats()["requests_num"] == 0
-    async with db.get_transaction() as transaction:
+        assert real_database.stats()["requests_num"] == 0
+    async with real_database.get_transaction() as transaction:
         for refused in (transaction.execute(both), transaction.cursor(both)):
             with pytest.raises(MultipleStatements):
                 await refused

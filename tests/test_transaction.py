@@ -36,26 +36,26 @@ BAD = "SELECT * FROM no_such_table"
 # The low-level object
 
 
-async def test_async_with_begins_commits_and_closes(db: DatabaseInterface) -> None:
-    async with db.get_transaction() as transaction:
+async def test_async_with_begins_commits_and_closes(real_database: DatabaseInterface) -> None:
+    async with real_database.get_transaction() as transaction:
         assert transaction.state is State.OPEN
         assert await transaction.execute(INSERT, ["a"]) == 1
         result = await transaction.cursor("SELECT name FROM tests_user")
         assert [row.name async for row in result] == ["a"]
     assert transaction.state is State.CLOSED
     assert transaction.outcome is Outcome.COMMITTED
-    assert await names(db) == ["a"]
-    await whole(db)
+    assert await names(real_database) == ["a"]
+    await whole(real_database)
 
 
-async def test_an_error_rolls_back_and_passes(db: DatabaseInterface) -> None:
+async def test_an_error_rolls_back_and_passes(real_database: DatabaseInterface) -> None:
     with pytest.raises(ZeroDivisionError):
-        async with db.get_transaction() as transaction:
+        async with real_database.get_transaction() as transaction:
             await transaction.execute(INSERT, ["a"])
             raise ZeroDivisionError
     assert transaction.outcome is Outcome.ROLLED_BACK
-    assert await names(db) == []
-    await whole(db)
+    assert await names(real_database) == []
+    await whole(real_database)
 
 
 async def test_states_are_checked_and_the_error_names_the_remedy() -> None:
@@ -78,32 +78,34 @@ async def test_states_are_checked_and_the_error_names_the_remedy() -> None:
     assert unused.state is State.CLOSED
 
 
-async def test_it_may_be_ended_inside_async_with(db: DatabaseInterface) -> None:
-    async with db.get_transaction() as transaction:
+async def test_it_may_be_ended_inside_async_with(real_database: DatabaseInterface) -> None:
+    async with real_database.get_transaction() as transaction:
         await transaction.execute(INSERT, ["a"])
         await transaction.commit()
-    async with db.get_transaction() as transaction:
+    async with real_database.get_transaction() as transaction:
         await transaction.execute(INSERT, ["b"])
         await transaction.rollback()
-    assert await names(db) == ["a"]
+    assert await names(real_database) == ["a"]
 
 
-async def test_a_refused_commit_at_the_end_loses_no_connection(db: DatabaseInterface) -> None:
-    session = db.get_session()
+async def test_a_refused_commit_at_the_end_loses_no_connection(
+    real_database: DatabaseInterface,
+) -> None:
+    session = real_database.get_session()
     with pytest.raises(SessionStateError, match="inside a nested block"):
         async with session:
             await session.execute(INSERT, ["a"])
             block = session.begin_nested()
             await block.__aenter__()
-    assert await names(db) == []
-    await whole(db)
+    assert await names(real_database) == []
+    await whole(real_database)
 
 
 # Savepoints by name
 
 
-async def test_savepoints_by_name(db: DatabaseInterface) -> None:
-    async with db.get_transaction() as transaction:
+async def test_savepoints_by_name(real_database: DatabaseInterface) -> None:
+    async with real_database.get_transaction() as transaction:
         await transaction.execute(INSERT, ["a"])
         await transaction.create_savepoint("one")
         await transaction.execute(INSERT, ["b"])
@@ -114,12 +116,12 @@ async def test_savepoints_by_name(db: DatabaseInterface) -> None:
         await transaction.release_savepoint("two")
         await transaction.rollback("one")
         await transaction.execute(INSERT, ["e"])
-    assert await names(db) == ["a", "e"]
+    assert await names(real_database) == ["a", "e"]
 
 
 @pytest.mark.parametrize("name", ["Mixed Case", "a-b", "select", "a;b", "ü" * 31, "x" * 63])
-async def test_savepoint_names_are_quoted(db: DatabaseInterface, name: str) -> None:
-    async with db.get_session() as session:
+async def test_savepoint_names_are_quoted(real_database: DatabaseInterface, name: str) -> None:
+    async with real_database.get_session() as session:
         assert session.transaction is not None
         await session.transaction.create_savepoint(name)
         await session.execute(INSERT, ["a"])
@@ -131,14 +133,14 @@ async def test_savepoint_names_are_quoted(db: DatabaseInterface, name: str) -> N
             await session.execute(INSERT, ["c"])
             await session.rollback(savepoint)
             await session.execute(INSERT, ["d"])
-    assert await names(db) == ["d"]
+    assert await names(real_database) == ["d"]
 
 
 @pytest.mark.parametrize("name", ['a"b', "a'; DROP TABLE tests_user; --", "a`b", "", "x" * 64])
 async def test_a_name_that_cannot_be_quoted_is_refused_unsent(
-    db: DatabaseInterface, name: str
+    real_database: DatabaseInterface, name: str
 ) -> None:
-    async with db.get_session() as session:
+    async with real_database.get_session() as session:
         transaction = session.transaction
         assert transaction is not None
         for call in (
@@ -151,37 +153,39 @@ async def test_a_name_that_cannot_be_quoted_is_refused_unsent(
                 await call(name)
         with pytest.raises(ValueError, match="cannot name a savepoint"):
             session.begin_nested(name)
-    assert db.stats()["requests_num"] == 0
+    assert real_database.stats()["requests_num"] == 0
 
 
-async def test_no_such_savepoint_is_the_databases_error(db: DatabaseInterface) -> None:
-    session = await db.get_session().begin()
+async def test_no_such_savepoint_is_the_databases_error(real_database: DatabaseInterface) -> None:
+    session = await real_database.get_session().begin()
     await session.execute(INSERT, ["a"])
     with pytest.raises(DatabaseError):
         await session.rollback("nope")
     await session.close()
-    await whole(db)
+    await whole(real_database)
 
 
 async def test_a_rollback_to_a_savepoint_revives_a_failed_transaction(
-    db: DatabaseInterface,
+    real_database: DatabaseInterface,
 ) -> None:
-    async with db.get_transaction() as transaction:
+    async with real_database.get_transaction() as transaction:
         await transaction.execute(INSERT, ["a"])
         await transaction.create_savepoint("sp")
-        with pytest.raises(ProgrammingError if db.vendor != "sqlite" else OperationalError):
+        with pytest.raises(
+            ProgrammingError if real_database.vendor != "sqlite" else OperationalError
+        ):
             await transaction.execute(BAD)
         with pytest.raises(TransactionManagementError):
             await transaction.execute("SELECT 1")
         await transaction.rollback("sp")
         await transaction.execute(INSERT, ["b"])
-    assert await names(db) == ["a", "b"]
+    assert await names(real_database) == ["a", "b"]
 
 
 async def test_a_savepoint_outside_the_open_block_cannot_be_rolled_back_to(
-    db: DatabaseInterface,
+    real_database: DatabaseInterface,
 ) -> None:
-    async with db.get_session() as session:
+    async with real_database.get_session() as session:
         assert session.transaction is not None
         await session.transaction.create_savepoint("outer")
         async with session.begin_nested("block"), session.begin_nested():
@@ -192,14 +196,16 @@ async def test_a_savepoint_outside_the_open_block_cannot_be_rolled_back_to(
             await session.execute(INSERT, ["a"])
         await session.rollback("outer")
         await session.execute(INSERT, ["b"])
-    assert await names(db) == ["b"]
+    assert await names(real_database) == ["b"]
 
 
 # Options
 
 
-async def test_options_hold_for_one_transaction_and_never_stick(db: DatabaseInterface) -> None:
-    if db.vendor != "postgresql":
+async def test_options_hold_for_one_transaction_and_never_stick(
+    real_database: DatabaseInterface,
+) -> None:
+    if real_database.vendor != "postgresql":
         pytest.skip("SHOW is PostgreSQL's")
     shown = {
         "transaction_isolation": "serializable",
@@ -209,79 +215,87 @@ async def test_options_hold_for_one_transaction_and_never_stick(db: DatabaseInte
         "lock_timeout": "1s",
         "idle_in_transaction_session_timeout": "1min",
     }
-    with pool(db, max_size=1):
-        async with db.get_session() as session:
+    with pool(real_database, max_size=1):
+        async with real_database.get_session() as session:
             before = {name: await session.fetch_value(f"SHOW {name}") for name in shown}
             pid = await session.fetch_value("SELECT pg_backend_pid()")
     options: dict[str, Any] = {
         "isolation": "SERIALIZABLE", "read_only": True, "deferrable": True,
         "timeout": 1.5, "lock_timeout": 1, "idle_timeout": 60,
     }  # fmt: skip
-    async with db.get_session(**options) as session:
+    async with real_database.get_session(**options) as session:
         for _ in range(2):
             assert {name: await session.fetch_value(f"SHOW {name}") for name in shown} == shown
             await session.commit()
-    async with db.get_session() as session:
+    async with real_database.get_session() as session:
         assert {name: await session.fetch_value(f"SHOW {name}") for name in shown} == before
         assert await session.fetch_value("SELECT pg_backend_pid()") == pid
 
 
 async def test_a_read_only_transaction_refuses_writes_and_the_next_one_does_not(
-    db: DatabaseInterface,
+    real_database: DatabaseInterface,
 ) -> None:
-    with pool(db, max_size=1):
-        await db.connect()
-    session = await db.get_session(read_only=True).begin()
+    with pool(real_database, max_size=1):
+        await real_database.connect()
+    session = await real_database.get_session(read_only=True).begin()
     assert await session.fetch_value(COUNT) == 0
     with pytest.raises(DatabaseError, match=r"(?i)read.?only"):
         await session.execute(INSERT, ["a"])
     await session.close()
-    async with db.get_session() as plain:
+    async with real_database.get_session() as plain:
         await plain.execute(INSERT, ["b"])
-    assert await names(db) == ["b"]
+    assert await names(real_database) == ["b"]
 
 
 @pytest.mark.parametrize("autocommit", [False, True])
 async def test_a_statement_that_takes_too_long_raises_query_timeout(
-    db: DatabaseInterface, autocommit: bool
+    real_database: DatabaseInterface, autocommit: bool
 ) -> None:
-    with pool(db, max_size=1):
-        await db.connect()
-    session = await db.get_session(timeout=0.2, autocommit=autocommit).begin()
-    with Elapsed() as took, pytest.raises(QueryTimeout, match=f"session of {db.alias!r}") as caught:
-        await session.fetch_value(slow(db, 3))
+    with pool(real_database, max_size=1):
+        await real_database.connect()
+    session = await real_database.get_session(timeout=0.2, autocommit=autocommit).begin()
+    with (
+        Elapsed() as took,
+        pytest.raises(QueryTimeout, match=f"session of {real_database.alias!r}") as caught,
+    ):
+        await session.fetch_value(slow(real_database, 3))
     assert 0.1 < took.seconds < 1.5
     assert isinstance(caught.value, OperationalError)
     assert caught.value.__cause__ is not None
     assert not isinstance(caught.value.__cause__, DatabaseError)
     await session.close()
-    async with db.get_session() as plain:
-        await plain.fetch_value(slow(db, 0.4))
-    await whole(db)
+    async with real_database.get_session() as plain:
+        await plain.fetch_value(slow(real_database, 0.4))
+    await whole(real_database)
 
 
 async def test_a_wait_for_a_lock_that_takes_too_long_raises_query_timeout(
-    db: DatabaseInterface,
+    real_database: DatabaseInterface,
 ) -> None:
-    async with db.get_session() as holder, db.get_session(lock_timeout=1) as waiter:
+    async with (
+        real_database.get_session() as holder,
+        real_database.get_session(lock_timeout=1) as waiter,
+    ):
         await holder.execute(INSERT, ["a"])
         await holder.commit()
         await holder.execute("UPDATE tests_user SET level = 2")
         with pytest.raises(QueryTimeout):
             async with (
-                waiter.begin_nested() if db.vendor == "postgresql" else contextlib.nullcontext()
+                waiter.begin_nested()
+                if real_database.vendor == "postgresql"
+                else contextlib.nullcontext()
             ):
                 await waiter.execute("UPDATE tests_user SET level = 3")
         await waiter.rollback()
-    await whole(db)
+    await whole(real_database)
 
 
 async def test_the_servers_reason_is_told_when_it_ends_an_idle_transaction(
-    db: DatabaseInterface,
+    real_database: DatabaseInterface,
 ) -> None:
-    if db.vendor != "postgresql":
+    if real_database.vendor != "postgresql":
         pytest.skip("MySQL and SQLite have words of their own, in their own tests")
-    session = await db.get_session(idle_timeout=0.1).begin()
+    session = await real_database.get_session(idle_timeout=0.1).begin()
     await session.execute(INSERT, ["a"])
     await asyncio.sleep(0.4)
     with pytest.raises(DatabaseError, match="due to idle-in-transaction timeout"):
@@ -290,15 +304,15 @@ async def test_the_servers_reason_is_told_when_it_ends_an_idle_transaction(
         await session.commit()
     assert session.closed
     assert session.outcome is Outcome.ROLLED_BACK
-    assert await names(db) == []
-    await whole(db)
+    assert await names(real_database) == []
+    await whole(real_database)
 
 
 # What was swallowed is never saved
 
 
-async def test_a_swallowed_error_is_told_at_commit(db: DatabaseInterface) -> None:
-    session = await db.get_session().begin()
+async def test_a_swallowed_error_is_told_at_commit(real_database: DatabaseInterface) -> None:
+    session = await real_database.get_session().begin()
     await session.execute(INSERT, ["a"])
     with contextlib.suppress(DatabaseError):
         await session.execute(BAD)
@@ -311,61 +325,74 @@ async def test_a_swallowed_error_is_told_at_commit(db: DatabaseInterface) -> Non
     assert isinstance(caught.value.__cause__, DatabaseError)
     assert session.closed
     assert session.outcome is Outcome.ROLLED_BACK
-    assert await names(db) == []
-    assert db.stats()["returns_bad"] == 0
-    await whole(db)
+    assert await names(real_database) == []
+    assert real_database.stats()["returns_bad"] == 0
+    await whole(real_database)
 
 
-async def test_a_swallowed_error_is_told_at_the_end_of_async_with(db: DatabaseInterface) -> None:
+async def test_a_swallowed_error_is_told_at_the_end_of_async_with(
+    real_database: DatabaseInterface,
+) -> None:
     with pytest.raises(TransactionManagementError, match="swallowed"):
-        async with db.get_session() as session:
+        async with real_database.get_session() as session:
             await session.execute(INSERT, ["a"])
             with contextlib.suppress(DatabaseError):
                 await session.execute(BAD)
-    assert await names(db) == []
+    assert await names(real_database) == []
 
 
-async def test_an_error_swallowed_in_sync_code_is_told_too(db: DatabaseInterface) -> None:
-    if db.vendor != "postgresql":
+async def test_an_error_swallowed_in_sync_code_is_told_too(
+    real_database: DatabaseInterface,
+) -> None:
+    if real_database.vendor != "postgresql":
         pytest.skip("other databases take back the failed statement alone, as sync Django has it")
 
     def swallow() -> None:
-        with contextlib.suppress(DatabaseError), connections[db.alias].cursor() as cursor:
+        with (
+            contextlib.suppress(DatabaseError),
+            connections[real_database.alias].cursor() as cursor,
+        ):
             cursor.execute(BAD)
 
     with pytest.raises(TransactionManagementError, match="swallowed"):
-        async with db.get_session() as session:
+        async with real_database.get_session() as session:
             await session.execute(INSERT, ["a"])
             await session.run_sync(swallow)
-    assert await names(db) == []
+    assert await names(real_database) == []
 
 
-async def test_a_flag_taken_back_does_not_hide_a_failed_transaction(db: DatabaseInterface) -> None:
-    if db.vendor != "postgresql":
+async def test_a_flag_taken_back_does_not_hide_a_failed_transaction(
+    real_database: DatabaseInterface,
+) -> None:
+    if real_database.vendor != "postgresql":
         pytest.skip("elsewhere the failed statement alone is taken back")
     with pytest.raises(TransactionManagementError, match="swallowed"):
-        async with db.get_session() as session:
+        async with real_database.get_session() as session:
             await session.execute(INSERT, ["a"])
             with contextlib.suppress(DatabaseError):
                 await session.execute(BAD)
             session.set_rollback(False)
-    assert await names(db) == []
-    await whole(db)
+    assert await names(real_database) == []
+    await whole(real_database)
 
 
 @pytest.mark.parametrize("where", ["in the database", "elsewhere"])
 async def test_a_swallowed_cancellation_is_told_at_commit(
-    db: DatabaseInterface, where: str
+    real_database: DatabaseInterface, where: str
 ) -> None:
     told: list[str] = []
-    session = db.get_session()
+    session = real_database.get_session()
 
     async def swallow() -> None:
         async with session:
             session.on_rollback(lambda: told.append("rolled back"))
             await session.execute(INSERT, ["a"])
             with contextlib.suppress(asyncio.CancelledError):
-                await (asyncio.sleep(5) if where == "elsewhere" else session.execute(slow(db, 2)))
+                await (
+                    asyncio.sleep(5)
+                    if where == "elsewhere"
+                    else session.execute(slow(real_database, 2))
+                )
 
     task = asyncio.create_task(swallow())
     await asyncio.sleep(0.1)
@@ -374,16 +401,18 @@ async def test_a_swallowed_cancellation_is_told_at_commit(
         await task
     assert session.outcome is Outcome.ROLLED_BACK
     assert told == ["rolled back"]
-    assert await names(db) == []
-    await whole(db)
+    assert await names(real_database) == []
+    await whole(real_database)
 
 
-async def test_a_session_in_a_cancelled_task_can_still_save(db: DatabaseInterface) -> None:
+async def test_a_session_in_a_cancelled_task_can_still_save(
+    real_database: DatabaseInterface,
+) -> None:
     async def audit() -> None:
         try:
             await asyncio.sleep(10)
         except asyncio.CancelledError:
-            async with db.get_session() as session:
+            async with real_database.get_session() as session:
                 await session.execute(INSERT, ["audit"])
             raise
 
@@ -392,40 +421,40 @@ async def test_a_session_in_a_cancelled_task_can_still_save(db: DatabaseInterfac
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert await names(db) == ["audit"]
+    assert await names(real_database) == ["audit"]
 
 
 async def test_a_timeout_inside_that_hit_no_statement_does_not_spoil_the_transaction(
-    db: DatabaseInterface,
+    real_database: DatabaseInterface,
 ) -> None:
-    async with db.get_session() as session:
+    async with real_database.get_session() as session:
         await session.execute(INSERT, ["a"])
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.01):
                 await asyncio.sleep(1)
         await session.execute(INSERT, ["b"])
-    assert await names(db) == ["a", "b"]
+    assert await names(real_database) == ["a", "b"]
 
 
-async def test_a_timeout_around_a_session_rolls_back(db: DatabaseInterface) -> None:
+async def test_a_timeout_around_a_session_rolls_back(real_database: DatabaseInterface) -> None:
     with Elapsed() as took, pytest.raises(TimeoutError):
-        async with asyncio.timeout(0.2), db.get_session() as session:
+        async with asyncio.timeout(0.2), real_database.get_session() as session:
             await session.execute(INSERT, ["a"])
-            await session.fetch_value(slow(db, 5))
+            await session.fetch_value(slow(real_database, 5))
     assert took.seconds < 2.5
     assert session.closed
-    assert await names(db) == []
-    await whole(db)
+    assert await names(real_database) == []
+    await whole(real_database)
 
 
 @pytest.mark.parametrize("sql", ["COMMIT", "ROLLBACK"])
 @pytest.mark.parametrize("later", [False, True])
 async def test_raw_commit_and_rollback_are_told_and_the_connection_is_dropped(
-    db: DatabaseInterface, sql: str, later: bool
+    real_database: DatabaseInterface, sql: str, later: bool
 ) -> None:
     called: list[str] = []
     with pytest.raises(TransactionManagementError, match="was ended by SQL inside it"):
-        async with db.get_session() as session:
+        async with real_database.get_session() as session:
             session.on_commit(lambda: called.append("hook"))
             await session.execute(INSERT, ["a"])
             await session.execute(sql)
@@ -433,45 +462,47 @@ async def test_raw_commit_and_rollback_are_told_and_the_connection_is_dropped(
                 await session.execute(INSERT, ["b"])
     assert called == []
     assert session.outcome is Outcome.UNKNOWN
-    assert await names(db) == (["a"] if sql == "COMMIT" else [])
-    await whole(db)
-    assert db.stats()["returns_bad"] == 1
+    assert await names(real_database) == (["a"] if sql == "COMMIT" else [])
+    await whole(real_database)
+    assert real_database.stats()["returns_bad"] == 1
 
 
-async def test_a_raw_commit_inside_a_nested_block_is_told(db: DatabaseInterface) -> None:
+async def test_a_raw_commit_inside_a_nested_block_is_told(real_database: DatabaseInterface) -> None:
     with pytest.raises(DatabaseError):
-        async with db.get_session() as session, session.begin_nested():
+        async with real_database.get_session() as session, session.begin_nested():
             await session.execute(INSERT, ["a"])
             await session.execute("ROLLBACK")
             await session.execute(INSERT, ["b"])
-    assert await names(db) == []
-    await whole(db)
+    assert await names(real_database) == []
+    await whole(real_database)
 
 
 async def test_a_deferred_constraint_fails_at_commit_with_its_own_error(
-    db: DatabaseInterface,
+    real_database: DatabaseInterface,
 ) -> None:
-    if db.vendor == "mysql":
+    if real_database.vendor == "mysql":
         pytest.skip("MySQL checks foreign keys at once")
     called: list[str] = []
     with pytest.raises(IntegrityError) as caught:
-        async with db.get_session() as session:
+        async with real_database.get_session() as session:
             session.on_commit(lambda: called.append("commit"))
             session.on_rollback(lambda: called.append("rollback"))
             await session.execute("INSERT INTO tests_tag (name, owner_id) VALUES ('orphan', 4711)")
     assert caught.value.__cause__ is not None
     assert called == ["rollback"]
     assert session.outcome is Outcome.ROLLED_BACK
-    assert db.stats()["returns_bad"] == 0
-    await whole(db)
+    assert real_database.stats()["returns_bad"] == 0
+    await whole(real_database)
 
 
 # The rollback flag
 
 
-async def test_the_rollback_flag_rolls_back_without_an_error(db: DatabaseInterface) -> None:
+async def test_the_rollback_flag_rolls_back_without_an_error(
+    real_database: DatabaseInterface,
+) -> None:
     called: list[str] = []
-    async with db.get_session() as session:
+    async with real_database.get_session() as session:
         session.on_commit(lambda: called.append("commit"))
         session.on_rollback(lambda: called.append("rollback"))
         assert session.get_rollback() is False
@@ -482,64 +513,70 @@ async def test_the_rollback_flag_rolls_back_without_an_error(db: DatabaseInterfa
             await session.execute(INSERT, ["b"])
     assert called == ["rollback"]
     assert session.outcome is Outcome.ROLLED_BACK
-    async with db.get_session() as session:
+    async with real_database.get_session() as session:
         session.set_rollback(True)
         session.set_rollback(False)
         await session.execute(INSERT, ["c"])
-    async with db.get_session() as session:
+    async with real_database.get_session() as session:
         session.set_rollback(True)
         assert session.get_rollback() is True
     assert session.outcome is Outcome.ROLLED_BACK
-    assert await names(db) == ["c"]
-    await whole(db)
+    assert await names(real_database) == ["c"]
+    await whole(real_database)
 
 
 # Callbacks
 
 
-async def test_commit_callbacks_run_in_order_after_the_commit(db: DatabaseInterface) -> None:
+async def test_commit_callbacks_run_in_order_after_the_commit(
+    real_database: DatabaseInterface,
+) -> None:
     calls: list[Any] = []
 
     async def awaited() -> None:
         await asyncio.sleep(0)
-        calls.append(await names(db))
+        calls.append(await names(real_database))
 
-    async with db.get_session() as session:
+    async with real_database.get_session() as session:
         session.on_commit(lambda: calls.append(1))
         await session.execute(INSERT, ["a"])
         session.on_commit(awaited)
         session.on_commit(lambda: awaited())
         await session.run_sync(
-            lambda: django_transaction.on_commit(lambda: calls.append("django"), using=db.alias)
+            lambda: django_transaction.on_commit(
+                lambda: calls.append("django"), using=real_database.alias
+            )
         )
         async with session.begin_nested():
             session.on_commit(lambda: calls.append(2))
         session.on_commit(lambda: calls.append(3))
         assert calls == []
     assert calls == [1, ["a"], ["a"], "django", 2, 3]
-    await whole(db)
+    await whole(real_database)
 
 
 @pytest.mark.parametrize("statement", [False, True])
 async def test_commit_callbacks_run_although_nothing_was_written(
-    db: DatabaseInterface, statement: bool
+    real_database: DatabaseInterface, statement: bool
 ) -> None:
     calls: list[Any] = []
-    async with db.get_session() as session:
-        session.on_commit(lambda: calls.append(User.objects.using(db.alias).count()))
+    async with real_database.get_session() as session:
+        session.on_commit(lambda: calls.append(User.objects.using(real_database.alias).count()))
         if statement:
             await session.execute("SELECT 1")
     assert calls == [0]
-    await whole(db)
+    await whole(real_database)
 
 
-async def test_commit_callbacks_are_dropped_with_the_rollback(db: DatabaseInterface) -> None:
+async def test_commit_callbacks_are_dropped_with_the_rollback(
+    real_database: DatabaseInterface,
+) -> None:
     calls: list[Any] = []
-    with pool(db, max_size=1):
-        await db.connect()
+    with pool(real_database, max_size=1):
+        await real_database.connect()
 
     async def fail(with_statement: bool) -> None:
-        async with db.get_session() as session:
+        async with real_database.get_session() as session:
             session.on_commit(lambda: calls.append("outer"))
             if with_statement:
                 await session.execute(INSERT, ["a"])
@@ -549,17 +586,19 @@ async def test_commit_callbacks_are_dropped_with_the_rollback(db: DatabaseInterf
     for with_statement in (False, True):
         with pytest.raises(ZeroDivisionError):
             await fail(with_statement)
-    async with db.get_session() as later:
+    async with real_database.get_session() as later:
         await later.execute(INSERT, ["b"])
         await later.commit()
         await later.execute(INSERT, ["c"])
     assert calls == []
-    assert await names(db) == ["b", "c"]
+    assert await names(real_database) == ["b", "c"]
 
 
-async def test_callbacks_of_a_block_that_is_rolled_back_are_dropped(db: DatabaseInterface) -> None:
+async def test_callbacks_of_a_block_that_is_rolled_back_are_dropped(
+    real_database: DatabaseInterface,
+) -> None:
     calls: list[Any] = []
-    async with db.get_session() as session:
+    async with real_database.get_session() as session:
         with contextlib.suppress(ZeroDivisionError):
             async with session.begin_nested():
                 session.on_commit(lambda: calls.append("dropped"))
@@ -579,7 +618,7 @@ async def test_callbacks_of_a_block_that_is_rolled_back_are_dropped(db: Database
 
 
 async def test_an_error_in_a_callback_surfaces_and_drops_the_later_ones(
-    db: DatabaseInterface, caplog: pytest.LogCaptureFixture
+    real_database: DatabaseInterface, caplog: pytest.LogCaptureFixture
 ) -> None:
     calls: list[Any] = []
 
@@ -590,7 +629,7 @@ async def test_an_error_in_a_callback_surfaces_and_drops_the_later_ones(
         calls.append("never")
 
     for first in (True, False):
-        session = await db.get_session().begin()
+        session = await real_database.get_session().begin()
         if first:
             await session.execute(INSERT, ["a"])
         session.on_commit(lambda: 1 / 0, robust=True)
@@ -602,16 +641,18 @@ async def test_an_error_in_a_callback_surfaces_and_drops_the_later_ones(
             await session.commit()
         assert session.closed
         assert session.outcome is Outcome.COMMITTED
-        await whole(db)
+        await whole(real_database)
     assert calls == ["after robust"] * 2
-    assert await names(db) == ["a"]
+    assert await names(real_database) == ["a"]
     assert caplog.text.count("did not run, because an earlier one failed; the data is saved") == 2
     assert "never" in caplog.text
 
 
-async def test_a_callback_may_use_the_session_and_register_more(db: DatabaseInterface) -> None:
+async def test_a_callback_may_use_the_session_and_register_more(
+    real_database: DatabaseInterface,
+) -> None:
     calls: list[Any] = []
-    session = db.get_session()
+    session = real_database.get_session()
 
     async def more() -> None:
         calls.append("more")
@@ -633,15 +674,15 @@ async def test_a_callback_may_use_the_session_and_register_more(db: DatabaseInte
         await session.commit()
         assert calls == [1, "more", "last"]
         await session.execute(INSERT, ["b"])
-    assert await names(db) == ["a", "b", "by the callback", "nested"]
-    await whole(db)
+    assert await names(real_database) == ["a", "b", "by the callback", "nested"]
+    await whole(real_database)
 
 
-async def test_a_callback_of_sync_code_may_use_the_orm(db: DatabaseInterface) -> None:
-    async with db.get_session() as session:
+async def test_a_callback_of_sync_code_may_use_the_orm(real_database: DatabaseInterface) -> None:
+    async with real_database.get_session() as session:
         await session.execute(INSERT, ["a"])
-        session.on_commit(lambda: User.objects.using(db.alias).create(name="orm"))
-    assert await names(db) == ["a", "orm"]
+        session.on_commit(lambda: User.objects.using(real_database.alias).create(name="orm"))
+    assert await names(real_database) == ["a", "orm"]
 
 
 @pytest.mark.parametrize("wrong", [None, "name", 5])
@@ -654,7 +695,7 @@ async def test_a_callback_must_be_callable(wrong: Any) -> None:
 
 
 async def test_rollback_callbacks_run_when_their_work_is_undone_and_only_then(
-    db: DatabaseInterface, caplog: pytest.LogCaptureFixture
+    real_database: DatabaseInterface, caplog: pytest.LogCaptureFixture
 ) -> None:
     calls: list[str] = []
 
@@ -662,7 +703,7 @@ async def test_rollback_callbacks_run_when_their_work_is_undone_and_only_then(
         await asyncio.sleep(0)
         calls.append("awaited")
 
-    async with db.get_session() as session:
+    async with real_database.get_session() as session:
         session.on_rollback(lambda: calls.append("committed"))
         with contextlib.suppress(ZeroDivisionError):
             async with session.begin_nested():
@@ -687,10 +728,10 @@ async def test_rollback_callbacks_run_when_their_work_is_undone_and_only_then(
 
 
 async def test_rollback_callbacks_of_a_block_without_a_savepoint_wait_for_the_outer_one(
-    db: DatabaseInterface,
+    real_database: DatabaseInterface,
 ) -> None:
     calls: list[str] = []
-    async with db.get_session() as session:
+    async with real_database.get_session() as session:
         with contextlib.suppress(ZeroDivisionError):
             async with session.atomic():
                 with contextlib.suppress(ZeroDivisionError):
@@ -702,20 +743,22 @@ async def test_rollback_callbacks_of_a_block_without_a_savepoint_wait_for_the_ou
 
 
 async def test_a_rollback_callback_cannot_block_the_loop_with_sync_queries(
-    db: DatabaseInterface, caplog: pytest.LogCaptureFixture
+    real_database: DatabaseInterface, caplog: pytest.LogCaptureFixture
 ) -> None:
-    session = await db.get_session().begin()
+    session = await real_database.get_session().begin()
     await session.execute(INSERT, ["a"])
-    session.on_rollback(lambda: User.objects.using(db.alias).count())
+    session.on_rollback(lambda: User.objects.using(real_database.alias).count())
     await session.rollback()
     assert "You cannot call this from an async context" in caplog.text
     await session.close()
 
 
-async def test_a_rollback_callback_may_use_the_session_again(db: DatabaseInterface) -> None:
-    async with db.get_session() as session:
+async def test_a_rollback_callback_may_use_the_session_again(
+    real_database: DatabaseInterface,
+) -> None:
+    async with real_database.get_session() as session:
         await session.execute(INSERT, ["a"])
         session.on_rollback(lambda: session.execute(INSERT, ["by the callback"]))
         await session.rollback()
-    assert await names(db) == ["by the callback"]
-    await whole(db)
+    assert await names(real_database) == ["by the callback"]
+    await whole(real_database)

@@ -103,12 +103,12 @@ def test_without_a_loop_or_in_another_one_the_error_names_both() -> None:
 # On real servers
 
 
-async def test_two_tasks_on_one_session_queue_for_it(db: DatabaseInterface) -> None:
+async def test_two_tasks_on_one_session_queue_for_it(real_database: DatabaseInterface) -> None:
     async def attempt() -> float:
-        async with db.get_session() as session:
+        async with real_database.get_session() as session:
             async with LoopProbe() as probe, asyncio.timeout(8):
                 first, second = await asyncio.gather(
-                    session.fetch_all(slow(db)), session.fetch_value("SELECT 2")
+                    session.fetch_all(slow(real_database)), session.fetch_value("SELECT 2")
                 )
             assert len(first) == 1 and second == 2
             return probe.worst
@@ -117,20 +117,20 @@ async def test_two_tasks_on_one_session_queue_for_it(db: DatabaseInterface) -> N
 
 
 async def test_a_hundred_tasks_on_one_session_all_get_their_own_answer(
-    db: DatabaseInterface,
+    real_database: DatabaseInterface,
 ) -> None:
-    async with db.get_session() as session:
+    async with real_database.get_session() as session:
         rows = await asyncio.gather(
             *(session.fetch_value("SELECT %s + 0", [n]) for n in range(100)),
-            *(session.run_sync(User.objects.using(db.alias).count) for _ in range(20)),
+            *(session.run_sync(User.objects.using(real_database.alias).count) for _ in range(20)),
         )
     assert rows == [*range(100), *[0] * 20]
 
 
 async def test_who_comes_after_a_commit_goes_on_in_the_next_transaction(
-    db: DatabaseInterface,
+    real_database: DatabaseInterface,
 ) -> None:
-    async with db.get_session() as session:
+    async with real_database.get_session() as session:
         await asyncio.gather(
             session.execute(INSERT, ["a"]),
             session.commit(),
@@ -140,15 +140,15 @@ async def test_who_comes_after_a_commit_goes_on_in_the_next_transaction(
             session.commit(),
             session.commit(),
         )
-    assert await names(db) == ["a", "c"]
-    await whole(db)
+    assert await names(real_database) == ["a", "c"]
+    await whole(real_database)
 
 
 @pytest.mark.parametrize("error", [None, ZeroDivisionError()])
 async def test_in_autocommit_mode_who_comes_while_a_transaction_ends_takes_a_connection_of_its_own(
-    db: DatabaseInterface, error: Exception | None
+    real_database: DatabaseInterface, error: Exception | None
 ) -> None:
-    if db.vendor == "sqlite":
+    if real_database.vendor == "sqlite":
         pytest.skip("on SQLite another writer has to wait anyway")
     ready = asyncio.Event()
 
@@ -166,32 +166,32 @@ async def test_in_autocommit_mode_who_comes_while_a_transaction_ends_takes_a_con
                 await session.execute(INSERT, [f"b{n}"])
             await asyncio.sleep(0)
 
-    async with db.get_session(autocommit=True) as session:
+    async with real_database.get_session(autocommit=True) as session:
         await asyncio.gather(transaction(), others(), others(), return_exceptions=True)
         assert not session.in_transaction
         await session.execute(INSERT, ["c"])
-        await whole(db)
-    saved = await names(db)
+        await whole(real_database)
+    saved = await names(real_database)
     assert ("a" in saved) is (error is None)
     assert "c" in saved and "b4" in saved
 
 
-async def test_closing_waits_for_a_commit_on_its_way(db: DatabaseInterface) -> None:
-    session = await db.get_session().begin()
+async def test_closing_waits_for_a_commit_on_its_way(real_database: DatabaseInterface) -> None:
+    session = await real_database.get_session().begin()
     await session.execute(INSERT, ["a"])
     committing = asyncio.create_task(session.commit())
     await asyncio.sleep(0)
     await session.close()
     await committing
     assert session.outcome is Outcome.COMMITTED
-    assert await names(db) == ["a"]
-    await whole(db)
+    assert await names(real_database) == ["a"]
+    await whole(real_database)
 
 
 async def test_a_stream_dropped_while_another_task_has_a_block_open_ends_without_a_word(
-    db: DatabaseInterface, caplog: pytest.LogCaptureFixture
+    real_database: DatabaseInterface, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with db.get_session() as session:
+    async with real_database.get_session() as session:
         await session.execute_many(INSERT, [[f"{n}"] for n in range(50)])
         async for _ in session.stream("SELECT name FROM tests_user", chunk_size=5):
             break
@@ -200,22 +200,22 @@ async def test_a_stream_dropped_while_another_task_has_a_block_open_ends_without
             await session.execute(INSERT, ["last"])
         assert await session.fetch_value(COUNT) == 51
     assert caplog.text == ""
-    await whole(db)
+    await whole(real_database)
 
 
-async def test_a_session_used_inside_its_own_sync_call(db: DatabaseInterface) -> None:
+async def test_a_session_used_inside_its_own_sync_call(real_database: DatabaseInterface) -> None:
     def outer(depth: int) -> int:
         if depth == 0:
             return int(bridge.await_(session.fetch_value(COUNT)))
-        User.objects.using(db.alias).create(name=f"{depth}")
+        User.objects.using(real_database.alias).create(name=f"{depth}")
         return int(bridge.await_(session.run_sync(outer, depth - 1)))
 
-    async with db.get_session() as session:
+    async with real_database.get_session() as session:
         assert await session.run_sync(outer, 10) == 10
 
 
 async def test_a_child_task_inside_a_sync_call_is_refused_and_nothing_freezes(
-    db: DatabaseInterface,
+    real_database: DatabaseInterface,
 ) -> None:
     def gathers() -> Any:
         async def both() -> Any:
@@ -225,17 +225,17 @@ async def test_a_child_task_inside_a_sync_call_is_refused_and_nothing_freezes(
 
         return bridge.await_(both())
 
-    async with asyncio.timeout(5), db.get_session() as session:
+    async with asyncio.timeout(5), real_database.get_session() as session:
         await session.execute("SELECT 1")
         first, second = await session.run_sync(gathers)
         assert isinstance(first, SessionInUseError) and isinstance(second, SessionInUseError)
         assert "inside a call that task" in str(first)
         await session.execute(INSERT, ["a"])
-    assert await names(db) == ["a"]
+    assert await names(real_database) == ["a"]
 
 
 async def test_a_background_task_begun_in_a_sync_call_may_use_the_session_later(
-    db: DatabaseInterface,
+    real_database: DatabaseInterface,
 ) -> None:
     tasks: list[asyncio.Task[Any]] = []
 
@@ -243,16 +243,18 @@ async def test_a_background_task_begun_in_a_sync_call_may_use_the_session_later(
         await asyncio.sleep(0.01)
         await session.execute(INSERT, ["later"])
 
-    async with db.get_session() as session:
+    async with real_database.get_session() as session:
         await session.run_sync(lambda: tasks.append(asyncio.ensure_future(later())))
         await tasks[0]
-    assert await names(db) == ["later"]
+    assert await names(real_database) == ["later"]
 
 
 # Ends and other tasks
 
 
-async def test_the_late_statement_of_a_gather_that_failed_is_refused(db: DatabaseInterface) -> None:
+async def test_the_late_statement_of_a_gather_that_failed_is_refused(
+    real_database: DatabaseInterface,
+) -> None:
     async def fails() -> None:
         await asyncio.sleep(0.01)
         raise ZeroDivisionError
@@ -263,25 +265,27 @@ async def test_the_late_statement_of_a_gather_that_failed_is_refused(db: Databas
 
     late_task = asyncio.create_task(late())
     with pytest.raises(ZeroDivisionError):
-        async with db.get_session() as session:
+        async with real_database.get_session() as session:
             await session.execute(INSERT, ["a"])
             await asyncio.gather(fails(), late_task)
     with pytest.raises(SessionClosedError):
         await late_task
-    assert await names(db) == []
-    await whole(db)
+    assert await names(real_database) == []
+    await whole(real_database)
 
 
-async def test_the_running_statement_of_a_gather_that_failed_is_cut(db: DatabaseInterface) -> None:
+async def test_the_running_statement_of_a_gather_that_failed_is_cut(
+    real_database: DatabaseInterface,
+) -> None:
     async def fails() -> None:
         await asyncio.sleep(0.1)
         raise ZeroDivisionError
 
-    session = db.get_session()
+    session = real_database.get_session()
     with Elapsed() as took, pytest.raises(ZeroDivisionError):
         async with session:
             await session.execute(INSERT, ["a"])
-            running = asyncio.create_task(session.fetch_value(slow(db, 4)))
+            running = asyncio.create_task(session.fetch_value(slow(real_database, 4)))
             queued = asyncio.create_task(session.execute(INSERT, ["queued"]))
             await asyncio.gather(fails(), running, queued)
     assert took.seconds < 2.5
@@ -289,12 +293,12 @@ async def test_the_running_statement_of_a_gather_that_failed_is_cut(db: Database
         await running
     with pytest.raises(SessionClosedError):
         await queued
-    assert await names(db) == []
-    await whole(db)
+    assert await names(real_database) == []
+    await whole(real_database)
 
 
 async def test_closing_cancelled_while_another_call_unwinds_still_ends_everything(
-    db: DatabaseInterface,
+    real_database: DatabaseInterface,
 ) -> None:
     release, unwinding = asyncio.Event(), asyncio.Event()
 
@@ -305,7 +309,7 @@ async def test_closing_cancelled_while_another_call_unwinds_still_ends_everythin
             unwinding.set()
             bridge.await_(release.wait())
 
-    session = await db.get_session().begin()
+    session = await real_database.get_session().begin()
     await session.execute(INSERT, ["a"])
     call = asyncio.create_task(session.run_sync(stubborn))
     await asyncio.sleep(0.02)
@@ -316,32 +320,38 @@ async def test_closing_cancelled_while_another_call_unwinds_still_ends_everythin
     assert session.closed
     release.set()
     assert isinstance(await outcome_of(call), SessionClosedError)
-    await whole(db)
-    assert await names(db) == []
+    await whole(real_database)
+    assert await names(real_database) == []
 
 
-async def test_closing_twice_at_once_from_two_tasks(db: DatabaseInterface) -> None:
-    session = await db.get_session().begin()
+async def test_closing_twice_at_once_from_two_tasks(real_database: DatabaseInterface) -> None:
+    session = await real_database.get_session().begin()
     await session.execute(INSERT, ["a"])
-    call = asyncio.create_task(session.fetch_value(slow(db, 4)))
+    call = asyncio.create_task(session.fetch_value(slow(real_database, 4)))
     await asyncio.sleep(0.05)
     await asyncio.gather(session.close(), session.close())
     assert isinstance(await outcome_of(call), SessionClosedError)
-    await whole(db)
-    assert await names(db) == []
+    await whole(real_database)
+    assert await names(real_database) == []
 
 
-async def test_a_sibling_in_a_task_group_has_a_session_of_its_own(db: DatabaseInterface) -> None:
+async def test_a_sibling_in_a_task_group_has_a_session_of_its_own(
+    real_database: DatabaseInterface,
+) -> None:
     done = asyncio.Event()
 
     async def victim() -> None:
         # On SQLite a writer would hold up the other.
-        async with db.get_session(read_only=db.vendor == "sqlite" or None) as session:
-            await session.execute(*((COUNT,) if db.vendor == "sqlite" else (INSERT, ["victim"])))
+        async with real_database.get_session(
+            read_only=real_database.vendor == "sqlite" or None
+        ) as session:
+            await session.execute(
+                *((COUNT,) if real_database.vendor == "sqlite" else (INSERT, ["victim"]))
+            )
             await asyncio.sleep(10)
 
     async def saved() -> None:
-        async with db.get_session() as session:
+        async with real_database.get_session() as session:
             await session.execute(INSERT, ["saved"])
         done.set()
 
@@ -354,15 +364,15 @@ async def test_a_sibling_in_a_task_group_has_a_session_of_its_own(db: DatabaseIn
             for part in (victim, saved, fails):
                 group.create_task(part())
     assert caught.group_contains(ZeroDivisionError) and len(caught.value.exceptions) == 1
-    assert await names(db) == ["saved"]
-    await whole(db)
+    assert await names(real_database) == ["saved"]
+    await whole(real_database)
 
 
 async def test_a_background_task_that_outlives_the_session_never_writes_into_the_next_one(
-    db: DatabaseInterface,
+    real_database: DatabaseInterface,
 ) -> None:
-    with pool(db, max_size=1):
-        await db.connect()
+    with pool(real_database, max_size=1):
+        await real_database.connect()
     ended = asyncio.Event()
 
     async def later(session: Session, result: Any) -> None:
@@ -372,33 +382,33 @@ async def test_a_background_task_that_outlives_the_session_never_writes_into_the
         with pytest.raises(SessionClosedError):
             await result.fetch_row()
 
-    async with db.get_session() as first:
+    async with real_database.get_session() as first:
         await first.add(User(name="a"))
         task = asyncio.create_task(later(first, await first.cursor("SELECT 1")))
-    async with db.get_session() as second:
+    async with real_database.get_session() as second:
         await second.execute(INSERT, ["b"])
         ended.set()
         await task
-    assert await names(db) == ["a", "b"]
-    await whole(db)
+    assert await names(real_database) == ["a", "b"]
+    await whole(real_database)
 
 
-async def test_a_stale_connection_or_cursor_sends_nothing(db: DatabaseInterface) -> None:
-    with pool(db, max_size=1):
-        await db.connect()
+async def test_a_stale_connection_or_cursor_sends_nothing(real_database: DatabaseInterface) -> None:
+    with pool(real_database, max_size=1):
+        await real_database.connect()
 
     def handles() -> Any:
-        connection = connections[db.alias]
+        connection = connections[real_database.alias]
         cursor = connection.cursor()
         cursor.execute("SELECT 1")
-        User.objects.using(db.alias).bulk_create([User(name=name) for name in "xyz"])
-        iterator = User.objects.using(db.alias).iterator(chunk_size=1)
+        User.objects.using(real_database.alias).bulk_create([User(name=name) for name in "xyz"])
+        iterator = User.objects.using(real_database.alias).iterator(chunk_size=1)
         next(iterator)
         return connection, cursor, iterator
 
-    async with db.get_session() as first:
+    async with real_database.get_session() as first:
         connection, cursor, iterator = await first.run_sync(handles)
-    async with db.get_session() as second:
+    async with real_database.get_session() as second:
         await second.execute(INSERT, ["a"])
 
         def use(call: Any) -> None:
@@ -411,10 +421,12 @@ async def test_a_stale_connection_or_cursor_sends_nothing(db: DatabaseInterface)
         await second.run_sync(use, lambda: next(iterator))
         with pytest.raises(Exception, match=r"outside the session|async context"):
             connection.cursor()
-    assert await names(db) == ["a", "x", "y", "z"]
+    assert await names(real_database) == ["a", "x", "y", "z"]
 
 
-async def test_in_a_thread_the_connection_is_refused_with_the_remedy(db: DatabaseInterface) -> None:
+async def test_in_a_thread_the_connection_is_refused_with_the_remedy(
+    real_database: DatabaseInterface,
+) -> None:
     def in_thread(connection: Any) -> str:
         try:
             with connection.cursor() as cursor:
@@ -425,11 +437,11 @@ async def test_in_a_thread_the_connection_is_refused_with_the_remedy(db: Databas
             return str(exc)
         return "no error"
 
-    async with db.get_session() as session:
+    async with real_database.get_session() as session:
         await session.execute("SELECT 1")
 
         def call() -> tuple[str, str]:
-            connection = connections[db.alias]
+            connection = connections[real_database.alias]
             return (
                 bridge.await_(sync_to_async(in_thread)(connection)),
                 bridge.await_(asyncio.to_thread(in_thread, connection)),
@@ -440,11 +452,11 @@ async def test_in_a_thread_the_connection_is_refused_with_the_remedy(db: Databas
                 "used outside the session|can only be used in that same thread", message
             )
         await session.execute(INSERT, ["a"])
-    assert await names(db) == ["a"]
+    assert await names(real_database) == ["a"]
 
 
-async def test_in_a_thread_the_session_itself_is_refused(db: DatabaseInterface) -> None:
-    async with db.get_session() as session:
+async def test_in_a_thread_the_session_itself_is_refused(real_database: DatabaseInterface) -> None:
+    async with real_database.get_session() as session:
         await session.execute("SELECT 1")
 
         def in_thread() -> list[str]:
@@ -464,32 +476,34 @@ async def test_in_a_thread_the_session_itself_is_refused(db: DatabaseInterface) 
         await session.commit()
         with pytest.raises(WrongLoopError):
             await asyncio.to_thread(lambda: asyncio.run(session.execute("SELECT 1")))
-    assert await names(db) == ["a"]
-    await whole(db)
+    assert await names(real_database) == ["a"]
+    await whole(real_database)
 
 
-async def test_a_thread_may_ask_the_loop_to_use_the_session(db: DatabaseInterface) -> None:
+async def test_a_thread_may_ask_the_loop_to_use_the_session(
+    real_database: DatabaseInterface,
+) -> None:
     loop = asyncio.get_running_loop()
-    async with db.get_session() as session:
+    async with real_database.get_session() as session:
 
         def in_thread() -> int:
             call = session.execute(INSERT, ["a"])
             return asyncio.run_coroutine_threadsafe(call, loop).result(5)
 
         assert await asyncio.to_thread(in_thread) == 1
-    assert await names(db) == ["a"]
+    assert await names(real_database) == ["a"]
 
 
-async def test_other_aliases_are_refused_in_a_sync_call(db: DatabaseInterface) -> None:
-    other = "sqlite" if db.alias == "default" else "default"
+async def test_other_aliases_are_refused_in_a_sync_call(real_database: DatabaseInterface) -> None:
+    other = "sqlite" if real_database.alias == "default" else "default"
 
     def touch() -> None:
         User.objects.using(other).count()
 
-    async with db.get_session() as session:
+    async with real_database.get_session() as session:
         with pytest.raises(InterfaceError, match=f"{other!r} is not the database of this session"):
             await session.run_sync(touch)
         with contextlib.suppress(InterfaceError):
             await session.run_sync(touch)
         await session.execute(INSERT, ["a"])
-    assert await names(db) == ["a"]
+    assert await names(real_database) == ["a"]
