@@ -6,7 +6,7 @@ import asyncio
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import django
@@ -56,20 +56,14 @@ from django_asyncsession.routes import ROUTES
 from tests.models import Author, Book, Tag, User
 from tests.sessions import names, whole
 
-pytestmark = pytest.mark.usefixtures("empty_tables")
+# In one transaction on each; a test that is about connections has them from the pools.
+two_databases = pytest.mark.django_db(databases=["default", "sqlite"])
 
 
 @pytest.fixture(autouse=True)
 def native_mode() -> Iterator[None]:
     with override_settings(ASYNC_SESSION={"NATIVE_ORM": True}):
         yield
-
-
-@pytest.fixture
-async def db(alias: str) -> AsyncIterator[DatabaseInterface]:
-    yield databases[alias]
-    await whole(databases[alias])
-    await databases.close_all()
 
 
 @pytest.fixture
@@ -90,15 +84,15 @@ def threads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 async def test_async_methods_are_in_the_session_and_in_no_thread(
-    db: DatabaseInterface, threads: list[str]
+    database: DatabaseInterface, threads: list[str]
 ) -> None:
-    users = User.objects.using(db.alias)
-    async with db.get_session() as session:
+    users = User.objects.using(database.alias)
+    async with database.get_session() as session:
         with native.use(session):
             ada = await users.acreate(name="Ada")
             ada.level = 2
-            await ada.asave(using=db.alias)
-            await ada.arefresh_from_db(using=db.alias)
+            await ada.asave(using=database.alias)
+            await ada.arefresh_from_db(using=database.alias)
             await users.abulk_create([User(name="Bob"), User(name="Cy")])
             _, made = await users.aget_or_create(name="Ada", defaults={"level": 9})
             assert not made
@@ -110,19 +104,19 @@ async def test_async_methods_are_in_the_session_and_in_no_thread(
             assert await users.aexists() and await users.acontains(ada)
             assert await session.fetch_value("SELECT COUNT(*) FROM tests_user") == 2
         await session.rollback()
-    assert await names(db) == []
+    assert await names(database) == []
     assert threads == []
 
 
 async def test_related_managers_are_in_the_session(
-    db: DatabaseInterface, threads: list[str]
+    database: DatabaseInterface, threads: list[str]
 ) -> None:
-    authors = Author.objects.using(db.alias)
-    async with db.get_session() as session, native.use(session):
+    authors = Author.objects.using(database.alias)
+    async with database.get_session() as session, native.use(session):
         ada = await authors.acreate(name="Ada")
         book = await ada.books.acreate(title="Notes")
         red = await book.tags.acreate(name="red")
-        blue = await Tag.objects.using(db.alias).acreate(name="blue")
+        blue = await Tag.objects.using(database.alias).acreate(name="blue")
         await book.tags.aadd(blue)
         assert [t.name async for t in book.tags.order_by("name")] == ["blue", "red"]
         await book.tags.aset([blue])
@@ -137,10 +131,10 @@ async def test_related_managers_are_in_the_session(
 
 
 async def test_rows_come_in_chunks_from_one_cursor(
-    db: DatabaseInterface, threads: list[str]
+    database: DatabaseInterface, threads: list[str]
 ) -> None:
-    users = User.objects.using(db.alias).order_by("name")
-    async with db.get_session() as session, native.use(session):
+    users = User.objects.using(database.alias).order_by("name")
+    async with database.get_session() as session, native.use(session):
         await users.abulk_create([User(name=f"{i}") for i in range(8)])
         assert [u.name async for u in users.aiterator(chunk_size=3)] == list("01234567")
         assert [u.name async for u in users[:6].aiterator(chunk_size=3)] == list("012345")
@@ -152,10 +146,10 @@ async def test_rows_come_in_chunks_from_one_cursor(
 
 @pytest.mark.parametrize("autocommit", [False, True])
 async def test_an_iteration_left_early_closes_its_cursor_and_keeps_the_connection(
-    db: DatabaseInterface, autocommit: bool
+    real_database: DatabaseInterface, autocommit: bool
 ) -> None:
-    users = User.objects.using(db.alias).order_by("name")
-    async with db.get_session(autocommit=autocommit) as session, native.use(session):
+    users = User.objects.using(real_database.alias).order_by("name")
+    async with real_database.get_session(autocommit=autocommit) as session, native.use(session):
         await users.abulk_create([User(name=f"{i}") for i in range(8)])
         rows = users.aiterator(chunk_size=3)
         assert (await anext(rows)).name == "0"
@@ -164,17 +158,17 @@ async def test_an_iteration_left_early_closes_its_cursor_and_keeps_the_connectio
             assert user.name == "0"
             break
         assert await users.acount() == 8
-    await whole(db)
-    assert db.stats()["connections_lost"] == db.stats()["returns_bad"] == 0
+    await whole(real_database)
+    assert real_database.stats()["connections_lost"] == real_database.stats()["returns_bad"] == 0
 
 
 async def test_in_autocommit_mode_rows_come_in_chunks_and_calls_run_in_parallel(
-    db: DatabaseInterface, threads: list[str]
+    real_database: DatabaseInterface, threads: list[str]
 ) -> None:
-    users = User.objects.using(db.alias).order_by("name")
-    async with db.get_session(autocommit=True) as session, native.use(session):
+    users = User.objects.using(real_database.alias).order_by("name")
+    async with real_database.get_session(autocommit=True) as session, native.use(session):
         await users.abulk_create([User(name=f"{i}") for i in range(8)])
-        assert await names(db) == list("01234567")
+        assert await names(real_database) == list("01234567")
         assert [u.name async for u in users.aiterator(chunk_size=3)] == list("01234567")
         counts = await asyncio.gather(*(users.acount() for _ in range(3)))
     assert counts == [8, 8, 8]
@@ -182,10 +176,10 @@ async def test_in_autocommit_mode_rows_come_in_chunks_and_calls_run_in_parallel(
 
 
 async def test_shortcuts_and_pages_are_in_the_session(
-    db: DatabaseInterface, threads: list[str]
+    database: DatabaseInterface, threads: list[str]
 ) -> None:
-    users = User.objects.using(db.alias).order_by("name")
-    async with db.get_session() as session, native.use(session):
+    users = User.objects.using(database.alias).order_by("name")
+    async with database.get_session() as session, native.use(session):
         ada = await users.acreate(name="Ada")
         assert await aget_object_or_404(users, name="Ada") == ada
         with pytest.raises(Http404):
@@ -198,6 +192,7 @@ async def test_shortcuts_and_pages_are_in_the_session(
     assert threads == []
 
 
+@two_databases
 async def test_permissions_are_asked_for_in_the_session(threads: list[str]) -> None:
     """Aliases are resolved as Django does: these models are on the default one."""
     db = databases["default"]
@@ -209,35 +204,34 @@ async def test_permissions_are_asked_for_in_the_session(threads: list[str]) -> N
         ada = await Account.objects.aget(pk=ada.pk)
         assert await ada.ahas_perm("tests.add_book")
     assert threads == []
-    await databases.close_all()
 
 
-async def test_tasks_of_one_session_queue_for_it(db: DatabaseInterface) -> None:
-    async with db.get_session() as session, native.use(session):
-        ada = await Author.objects.using(db.alias).acreate(name="Ada")
-        book = await Book.objects.using(db.alias).acreate(title="Notes", author=ada)
+async def test_tasks_of_one_session_queue_for_it(database: DatabaseInterface) -> None:
+    async with database.get_session() as session, native.use(session):
+        ada = await Author.objects.using(database.alias).acreate(name="Ada")
+        book = await Book.objects.using(database.alias).acreate(title="Notes", author=ada)
         got = await asyncio.gather(
-            Book.objects.using(db.alias).aget(), Author.objects.using(db.alias).aget()
+            Book.objects.using(database.alias).aget(), Author.objects.using(database.alias).aget()
         )
     assert got == [book, ada]
 
 
-async def test_an_error_is_djangos_and_the_transaction_is_over(db: DatabaseInterface) -> None:
-    authors = Author.objects.using(db.alias)
+async def test_an_error_is_djangos_and_the_transaction_is_over(database: DatabaseInterface) -> None:
+    authors = Author.objects.using(database.alias)
     with pytest.raises(transaction.TransactionManagementError):
-        async with db.get_session() as session, native.use(session):
+        async with database.get_session() as session, native.use(session):
             await authors.acreate(name="Ada")
             with pytest.raises(IntegrityError):
                 await authors.acreate(name="Ada")
             with pytest.raises(transaction.TransactionManagementError):
                 await authors.acount()
-    async with db.get_session() as session, native.use(session):
+    async with database.get_session() as session, native.use(session):
         assert await authors.acount() == 0
 
 
-async def test_a_nested_block_takes_an_error_back(db: DatabaseInterface) -> None:
-    authors = Author.objects.using(db.alias)
-    async with db.get_session() as session, native.use(session):
+async def test_a_nested_block_takes_an_error_back(database: DatabaseInterface) -> None:
+    authors = Author.objects.using(database.alias)
+    async with database.get_session() as session, native.use(session):
         await authors.acreate(name="Ada")
         with pytest.raises(IntegrityError):
             async with session.begin_nested():
@@ -245,12 +239,14 @@ async def test_a_nested_block_takes_an_error_back(db: DatabaseInterface) -> None
         assert await authors.acount() == 1
 
 
-async def test_cancelling_rolls_back_and_leaves_the_pool_whole(db: DatabaseInterface) -> None:
+async def test_cancelling_rolls_back_and_leaves_the_pool_whole(
+    real_database: DatabaseInterface,
+) -> None:
     started = asyncio.Event()
 
     async def work() -> None:
-        async with db.get_session() as session, native.use(session):
-            await User.objects.using(db.alias).acreate(name="half")
+        async with real_database.get_session() as session, native.use(session):
+            await User.objects.using(real_database.alias).acreate(name="half")
             started.set()
             await native.current().run(lambda: bridge.await_(asyncio.sleep(30)))  # type: ignore[union-attr]
 
@@ -260,32 +256,32 @@ async def test_cancelling_rolls_back_and_leaves_the_pool_whole(db: DatabaseInter
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert await names(db) == []
+    assert await names(real_database) == []
 
 
 # Callbacks
 
 
 async def test_on_commit_calls_functions_and_awaits_coroutine_functions(
-    db: DatabaseInterface, threads: list[str]
+    real_database: DatabaseInterface, threads: list[str]
 ) -> None:
     called: list[Any] = []
 
     async def later() -> None:
-        called.append(await User.objects.using(db.alias).acount())
+        called.append(await User.objects.using(real_database.alias).acount())
 
     def sync_code() -> None:
-        transaction.on_commit(later, using=db.alias)
+        transaction.on_commit(later, using=real_database.alias)
 
-    async with db.get_session() as session, native.use(session):
-        await User.objects.using(db.alias).acreate(name="Ada")
-        transaction.on_commit(lambda: called.append("first"), using=db.alias)
-        transaction.on_commit(later, using=db.alias)
+    async with real_database.get_session() as session, native.use(session):
+        await User.objects.using(real_database.alias).acreate(name="Ada")
+        transaction.on_commit(lambda: called.append("first"), using=real_database.alias)
+        transaction.on_commit(later, using=real_database.alias)
         await session.run_sync(sync_code)
         assert called == []
         await session.commit()
         assert called == ["first", 1, 1]
-        transaction.on_commit(lambda: called.append("never"), using=db.alias)
+        transaction.on_commit(lambda: called.append("never"), using=real_database.alias)
         await session.rollback()
     assert called == ["first", 1, 1]
     assert threads == []
@@ -339,9 +335,9 @@ def saves(request: pytest.FixtureRequest) -> Iterator[Callable[[Callable[..., An
 
 @pytest.mark.parametrize("autocommit", [False, True])
 async def test_receivers_of_both_kinds_are_in_the_transaction_of_the_sender(
-    db: DatabaseInterface, autocommit: bool, saves: Any, threads: list[str]
+    database: DatabaseInterface, autocommit: bool, saves: Any, threads: list[str]
 ) -> None:
-    authors = Author.objects.using(db.alias)
+    authors = Author.objects.using(database.alias)
     seen: list[Any] = []
 
     def first(instance: User, **kwargs: Any) -> None:
@@ -353,29 +349,29 @@ async def test_receivers_of_both_kinds_are_in_the_transaction_of_the_sender(
     async def third(instance: User, **kwargs: Any) -> None:
         seen.append(await authors.acount())
         seen.append([a.name async for a in authors.order_by("name")])
-        assert await User.objects.using(db.alias).acontains(instance)
+        assert await User.objects.using(database.alias).acontains(instance)
 
     for receiver in (first, second, third):
         saves(receiver)
 
     def save_and_fail() -> None:
-        with transaction.atomic(using=db.alias):
-            User(name="Ada").save(using=db.alias)
+        with transaction.atomic(using=database.alias):
+            User(name="Ada").save(using=database.alias)
             raise ValueError("after the receivers")
 
-    async with db.get_session(autocommit=autocommit) as session, native.use(session):
+    async with database.get_session(autocommit=autocommit) as session, native.use(session):
         with pytest.raises(ValueError, match="after the receivers"):
             await session.run_sync(save_and_fail)
         assert seen == ["sync Ada", "async Ada", 2, ["async Ada", "sync Ada"]]
         assert await authors.acount() == 0
-        await User.objects.using(db.alias).acreate(name="Bob")
+        await User.objects.using(database.alias).acreate(name="Bob")
         assert seen[4:6] == ["sync Bob", "async Bob"]
-    assert await names(db) == ["Bob"]
+    assert await names(database) == ["Bob"]
     assert threads == []
 
 
 async def test_an_async_receiver_that_fails_fails_the_sender(
-    db: DatabaseInterface, saves: Any
+    database: DatabaseInterface, saves: Any
 ) -> None:
     called: list[str] = []
 
@@ -387,14 +383,15 @@ async def test_an_async_receiver_that_fails_fails_the_sender(
 
     saves(fails)
     saves(is_not_called)
-    async with db.get_session() as session, native.use(session):
+    async with database.get_session() as session, native.use(session):
         with pytest.raises(ValueError, match="from the receiver"):
-            await User.objects.using(db.alias).acreate(name="Ada")
+            await User.objects.using(database.alias).acreate(name="Ada")
         results = await session.run_sync(lambda: post_save.send_robust(User, instance=None))
         assert [type(r) for _, r in results] == [ValueError, type(None)]
     assert called == ["never"]
 
 
+@two_databases
 async def test_signals_sent_by_async_code_reach_the_session(threads: list[str]) -> None:
     """Django's own receiver of a log-in updates the user, who is not committed yet."""
     async with databases["default"].get_session() as session, native.use(session):
@@ -403,17 +400,16 @@ async def test_signals_sent_by_async_code_reach_the_session(threads: list[str]) 
         await ada.arefresh_from_db()
         assert ada.last_login is not None
     assert threads == []
-    await databases.close_all()
 
 
-async def test_async_code_called_from_sync_code_is_awaited(db: DatabaseInterface) -> None:
+async def test_async_code_called_from_sync_code_is_awaited(database: DatabaseInterface) -> None:
     """As a sync service does that sends something with a library that is async only."""
 
     async def count() -> int:
         await asyncio.sleep(0)
-        return await User.objects.using(db.alias).acount()
+        return await User.objects.using(database.alias).acount()
 
-    async with db.get_session() as session, native.use(session):
+    async with database.get_session() as session, native.use(session):
         assert await session.run_sync(async_to_sync(count)) == 0
     with pytest.raises(RuntimeError, match="same thread as an async event loop"):
         async_to_sync(count)()
@@ -428,6 +424,7 @@ def test_on_commit_without_a_session_is_djangos() -> None:
 # Several databases
 
 
+@two_databases
 async def test_an_alias_without_a_session_is_used_in_autocommit_mode(threads: list[str]) -> None:
     async with databases["default"].get_session() as session, native.use(session):
         await User.objects.acreate(name="half")
@@ -436,9 +433,9 @@ async def test_an_alias_without_a_session_is_used_in_autocommit_mode(threads: li
     assert await names(databases["default"]) == []
     assert await names(databases["sqlite"]) == ["whole"]
     assert threads == []
-    await databases.close_all()
 
 
+@two_databases
 async def test_sync_code_of_a_session_uses_other_aliases_too() -> None:
     def audited() -> int:
         User.objects.create(name="Ada")
@@ -450,9 +447,9 @@ async def test_sync_code_of_a_session_uses_other_aliases_too() -> None:
             assert await session.run_sync(audited) == 2
         await session.rollback()
     assert await names(databases["sqlite"]) == ["Ada was here"]
-    await databases.close_all()
 
 
+@two_databases
 async def test_two_sessions_are_used_each_for_its_alias() -> None:
     first, second = databases["default"].get_session(), databases["sqlite"].get_session()
     async with first, second:
@@ -462,9 +459,9 @@ async def test_two_sessions_are_used_each_for_its_alias() -> None:
         await second.rollback()
     assert await names(databases["default"]) == ["one"]
     assert await names(databases["sqlite"]) == []
-    await databases.close_all()
 
 
+@pytest.mark.usefixtures("empty_tables")
 async def test_calls_that_would_wait_for_each_other_are_refused() -> None:
     """One has the first database and needs the second, the other the other way round."""
     meeting = asyncio.Barrier(2)
@@ -490,6 +487,7 @@ async def test_calls_that_would_wait_for_each_other_are_refused() -> None:
     await databases.close_all()
 
 
+@pytest.mark.usefixtures("empty_tables")
 async def test_code_that_gets_no_connection_is_told_so_once() -> None:
     db = databases["default"]
     pools = {"default": {"max_size": 1, "timeout": 0.1}}
@@ -505,13 +503,14 @@ async def test_code_that_gets_no_connection_is_told_so_once() -> None:
         await databases.close_all()
 
 
+@two_databases
 async def test_an_unknown_alias_is_djangos_error() -> None:
     async with databases["default"].get_session() as session, native.use(session):
         with pytest.raises(UnknownAlias):
             await User.objects.using("nowhere").acount()
-    await databases.close_all()
 
 
+@pytest.mark.usefixtures("empty_tables")
 async def test_code_that_touches_no_database_takes_no_connection() -> None:
     db = databases["default"]
     async with db.get_session() as session:
@@ -529,10 +528,10 @@ async def test_code_that_touches_no_database_takes_no_connection() -> None:
 @pytest.mark.parametrize("within", [True, False])
 @pytest.mark.parametrize("autocommit", [True, False])
 async def test_djangos_housekeeping_does_not_touch_a_session(
-    db: DatabaseInterface, within: bool, autocommit: bool
+    real_database: DatabaseInterface, within: bool, autocommit: bool
 ) -> None:
     """Each request begins and ends with signals, on which Django closes old connections."""
-    alias = db.alias
+    alias = real_database.alias
 
     def housekeeping() -> Any:
         wrapper = connections[alias]
@@ -546,7 +545,7 @@ async def test_djangos_housekeeping_does_not_touch_a_session(
         assert wrapper.connection is server
         return User.objects.using(alias).count()
 
-    async with db.get_session(autocommit=autocommit) as session:
+    async with real_database.get_session(autocommit=autocommit) as session:
         if within:
             with native.use(session):
                 assert await session.run_sync(housekeeping) == 0
@@ -554,6 +553,7 @@ async def test_djangos_housekeeping_does_not_touch_a_session(
             assert await session.run_sync(housekeeping) == 0
 
 
+@pytest.mark.usefixtures("empty_tables")
 async def test_a_users_blocking_function_keeps_its_thread(threads: list[str]) -> None:
     db = databases["default"]
 
@@ -576,6 +576,7 @@ def _count_and_close() -> int:
         connection.close()
 
 
+@two_databases
 @pytest.mark.parametrize("backend", ["locmem", "db"])
 async def test_only_the_cache_in_the_database_is_routed(backend: str, threads: list[str]) -> None:
     places = {"locmem": "", "db": "tests_cache"}
@@ -591,14 +592,13 @@ async def test_only_the_cache_in_the_database_is_routed(backend: str, threads: l
             await caches["default"].aset("key", "value")
             assert await caches["default"].aget("key") == "value"
     assert bool(threads) is (backend == "locmem")
-    await databases.close_all()
 
 
 def _make_cache_table() -> None:
     call_command("createcachetable", verbosity=0)
-    connection.close()
 
 
+@two_databases
 async def test_what_opts_out_keeps_its_thread(threads: list[str]) -> None:
     @keep_thread
     def kept() -> int:
@@ -642,6 +642,7 @@ async def test_without_a_current_session_a_routed_function_is_djangos() -> None:
     assert (await routed(thread_sensitive=False)(threading.get_ident)()) != threading.get_ident()
 
 
+@pytest.mark.usefixtures("empty_tables")
 async def test_a_session_of_another_loop_is_not_current_here(threads: list[str]) -> None:
     """Each thread with a loop has its own sessions, and neither sees the other's."""
 
@@ -669,6 +670,7 @@ async def test_a_session_of_another_loop_is_not_current_here(threads: list[str])
     await databases.close_all()
 
 
+@two_databases
 async def test_the_current_session_is_restored_by_value_and_ends_with_its_block() -> None:
     db = databases["default"]
     ended = asyncio.Event()

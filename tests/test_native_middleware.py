@@ -17,7 +17,6 @@ from django.contrib import admin, messages
 from django.contrib.auth.models import Group
 from django.contrib.auth.models import User as Account
 from django.core.handlers.asgi import ASGIHandler
-from django.db import connection
 from django.http import Http404, HttpRequest, HttpResponse, StreamingHttpResponse
 from django.template import engines
 from django.template.response import TemplateResponse
@@ -41,7 +40,6 @@ MIDDLEWARE = [
     "django.middleware.clickjacking.XFrameOptionsMiddleware",
 ]
 NATIVE = {"NATIVE_ORM": True, "NATIVE_MIDDLEWARE": True}
-pytestmark = pytest.mark.usefixtures("empty_tables")
 
 
 def ident(request: HttpRequest) -> HttpResponse:
@@ -168,7 +166,6 @@ async def visitor(**settings: Any) -> AsyncIterator[httpx.AsyncClient]:
 
 def an_admin() -> None:
     Account.objects.create_superuser("ada", password="secret")
-    connection.close()
 
 
 async def log_in(client: httpx.AsyncClient) -> None:
@@ -207,6 +204,7 @@ async def browse(client: httpx.AsyncClient, rounds: int) -> list[tuple[int, str]
     return got
 
 
+@pytest.mark.django_db
 async def test_200_mixed_requests_start_no_thread(started: list[str]) -> None:
     await asyncio.to_thread(an_admin)
     async with visitor() as client:
@@ -220,6 +218,7 @@ async def test_200_mixed_requests_start_no_thread(started: list[str]) -> None:
     assert got[-8][1] == "20 groups"
 
 
+@pytest.mark.django_db
 async def test_native_mode_gives_the_same_answers_as_threads() -> None:
     answers = []
     for native_mode in (NATIVE, {"NATIVE_ORM": True}, {}):
@@ -234,9 +233,9 @@ async def test_native_mode_gives_the_same_answers_as_threads() -> None:
 def _empty() -> None:
     for model in (User, Account, Group):
         model.objects.all().delete()
-    connection.close()
 
 
+@pytest.mark.django_db
 async def test_a_sync_view_is_in_the_requests_transaction() -> None:
     async with visitor() as client:
         assert (await client.get("/ident/")).text == str(threading.get_ident())
@@ -247,17 +246,20 @@ async def test_a_sync_view_is_in_the_requests_transaction() -> None:
 
 
 async def test_a_sync_view_that_uses_no_database_takes_no_connection() -> None:
+    """Of a real pool."""
     async with visitor(MIDDLEWARE=MIDDLEWARE[:2]) as client:
         await client.get("/ident/")
         assert databases["default"].stats()["pool_size"] == 0
 
 
+@pytest.mark.django_db
 @pytest.mark.parametrize("url", ["/kept/", "/kept-class/"])
 async def test_a_view_that_opts_out_keeps_its_thread(url: str) -> None:
     async with visitor() as client:
         assert (await client.get(url)).text != str(threading.get_ident())
 
 
+@pytest.mark.django_db
 @pytest.mark.parametrize("name", ["Foreign", "sync_only"])
 async def test_middleware_of_other_packages_keeps_its_thread(name: str) -> None:
     async with visitor(MIDDLEWARE=[*MIDDLEWARE, f"{__name__}.{name}"]) as client:
@@ -266,16 +268,19 @@ async def test_middleware_of_other_packages_keeps_its_thread(name: str) -> None:
         assert response.text == str(threading.get_ident())
 
 
+@pytest.mark.django_db
 async def test_without_the_setting_sync_views_keep_their_thread() -> None:
     async with visitor(ASYNC_SESSION={"NATIVE_ORM": True}) as client:
         assert (await client.get("/ident/")).text != str(threading.get_ident())
 
 
+@pytest.mark.django_db
 async def test_a_template_responses_lazy_querysets_are_in_the_session() -> None:
     async with visitor(ASYNC_SESSION={"NATIVE_ORM": True}) as client:
         assert (await client.get("/lazy/")).text == "not committed yet"
 
 
+@pytest.mark.django_db
 async def test_code_that_blocks_the_loop_is_named(caplog: pytest.LogCaptureFixture) -> None:
     settings = {**NATIVE, "LOOP_BLOCK_WARNING_SECONDS": 0.04}
     with caplog.at_level(logging.WARNING, "django_asyncsession"):

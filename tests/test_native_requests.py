@@ -30,7 +30,8 @@ MIDDLEWARE = [
     "django.contrib.sessions.middleware.SessionMiddleware",
     "django.contrib.auth.middleware.AuthenticationMiddleware",
 ]
-pytestmark = pytest.mark.usefixtures("empty_tables")
+# In one transaction on each.
+two_databases = pytest.mark.django_db(databases=["default", "sqlite"])
 committed: list[Any] = []
 # Parts of Django's middleware and of its handler, which have a setting of their own.
 NOT_COUNTED = {
@@ -192,25 +193,30 @@ def quiet() -> AsyncClient:
     return AsyncClient(raise_request_exception=False)
 
 
+@two_databases
 async def test_a_view_that_knows_nothing_of_sessions_uses_the_requests(threads: list[str]) -> None:
     assert (await AsyncClient().get("/add/")).content == b"1"
     assert threads == []
 
 
+@two_databases
 @only_atomic
 async def test_all_aliases_are_rolled_back_when_the_view_raises(quiet: AsyncClient) -> None:
     assert (await quiet.get("/fail/")).status_code == 500
     assert await saved() == await saved("sqlite") == []
 
 
+@pytest.mark.usefixtures("empty_tables")
 @only_atomic
 async def test_all_aliases_are_committed_before_the_response_leaves(threads: list[str]) -> None:
+    """For real, with the callbacks that wait for it."""
     assert (await AsyncClient().get("/both/")).status_code == 200
     assert (await saved(), await saved("sqlite")) == (["here"], ["there"])
     assert committed == [1]
     assert threads == []
 
 
+@two_databases
 @only_atomic
 async def test_a_failed_last_commit_is_reported_with_both_names(
     quiet: AsyncClient, caplog: pytest.LogCaptureFixture
@@ -226,23 +232,27 @@ async def test_a_failed_last_commit_is_reported_with_both_names(
     assert text in caught.value.__notes__[0]
 
 
+@two_databases
 @only_atomic
 async def test_a_failed_first_commit_leaves_nothing_anywhere(quiet: AsyncClient) -> None:
     assert (await quiet.get("/orphan_there/")).status_code == 500
     assert await saved() == await saved("sqlite") == []
 
 
+@two_databases
 async def test_tasks_of_a_view_share_its_session(threads: list[str]) -> None:
     assert (await AsyncClient().get("/parallel/")).content == b"[1, 0, 0]"
     assert threads == []
 
 
+@two_databases
 async def test_a_streaming_body_uses_the_requests_session(threads: list[str]) -> None:
     response: Any = await AsyncClient().get("/stream/")
     assert b"".join([part async for part in response]) == b"0123456"
     assert threads == []
 
 
+@two_databases
 async def test_users_and_sessions_are_the_requests(threads: list[str]) -> None:
     client = AsyncClient()
     await client.get("/log_in/")
@@ -251,19 +261,24 @@ async def test_users_and_sessions_are_the_requests(threads: list[str]) -> None:
     assert threads == []
 
 
+@two_databases
 async def test_an_injected_session_is_current_in_its_function(threads: list[str]) -> None:
     assert (await AsyncClient().get("/injected/")).content == b"1"
     assert await saved("sqlite") == ["injected"]
     assert threads == []
 
 
+@two_databases
 async def test_a_task_that_outlives_the_request_has_no_session_any_more() -> None:
     await AsyncClient().get("/background/")
     finished[0].set()
     assert await outlived[0] is None
 
 
+@pytest.mark.usefixtures("empty_tables")
 async def test_a_session_is_freed_without_the_garbage_collector() -> None:
+    """With connections of the pools, which keep nothing of it."""
+
     async def use() -> weakref.ref[Session]:
         session = databases["default"].get_session(begin_on_use=True)
         async with RequestScope(session):
@@ -280,6 +295,7 @@ async def test_a_session_is_freed_without_the_garbage_collector() -> None:
         gc.enable()
 
 
+@two_databases
 async def test_with_native_mode_off_a_view_gets_the_same_result() -> None:
     with override_settings(ASYNC_SESSION={}):
         client = AsyncClient()
@@ -289,4 +305,3 @@ async def test_with_native_mode_off_a_view_gets_the_same_result() -> None:
         response: Any = await client.get("/stream/")
         assert b"".join([part async for part in response]) == b"0123456Ada"
         assert (await client.get("/protected/")).status_code == 403
-        await sync_to_async(connections.close_all)()
