@@ -221,14 +221,14 @@ async def test_a_memory_cursor_keeps_the_rows_of_another() -> None:
     assert [row[0] for row in await result.flatten()] == [0, 1, 2]
 
 
-# On real servers
+# On servers
 
 
 @pytest.mark.parametrize("autocommit", [False, True])
 async def test_keys_and_rowcount_are_known_before_the_first_row(
-    db: DatabaseInterface, autocommit: bool
+    database: DatabaseInterface, autocommit: bool
 ) -> None:
-    async with db.get_session(autocommit=autocommit) as session:
+    async with database.get_session(autocommit=autocommit) as session:
         result = await session.cursor("SELECT 1 AS a, 2 AS b, 3 AS a UNION ALL SELECT 4, 5, 6")
         assert result.keys == ["a", "b", "a"]
         rows = await result.flatten()
@@ -236,8 +236,8 @@ async def test_keys_and_rowcount_are_known_before_the_first_row(
         assert dict(rows[0]).keys() == {"a", "b"}
 
 
-async def test_no_row_at_all(db: DatabaseInterface) -> None:
-    async with db.get_session() as session:
+async def test_no_row_at_all(database: DatabaseInterface) -> None:
+    async with database.get_session() as session:
         result = await session.cursor("SELECT id FROM tests_user")
         assert result.keys == ["id"]
         assert await result.fetch_row() is None
@@ -247,8 +247,8 @@ async def test_no_row_at_all(db: DatabaseInterface) -> None:
         assert await session.fetch_all("SELECT id FROM tests_user") == []
 
 
-async def test_a_cursor_used_after_its_session_is_refused(db: DatabaseInterface) -> None:
-    async with db.get_session() as session:
+async def test_a_cursor_used_after_its_session_is_refused(database: DatabaseInterface) -> None:
+    async with database.get_session() as session:
         result = await session.cursor("SELECT 1 UNION ALL SELECT 2")
         await result.fetch_row()
     with pytest.raises(SessionClosedError):
@@ -257,10 +257,11 @@ async def test_a_cursor_used_after_its_session_is_refused(db: DatabaseInterface)
 
 
 async def test_in_autocommit_mode_rows_are_read_after_the_connection_went_back(
-    db: DatabaseInterface,
+    real_database: DatabaseInterface,
 ) -> None:
-    session = await db.get_session(autocommit=True).begin()
+    """On a real pool, as it is about a connection that goes back to it."""
+    session = await real_database.get_session(autocommit=True).begin()
     result = await session.cursor("SELECT 1 AS n UNION ALL SELECT 2 ORDER BY 1")
-    assert db.stats()["pool_available"] == db.stats()["pool_size"]
+    assert real_database.stats()["pool_available"] == real_database.stats()["pool_size"]
     await session.close()
     assert [row.n async for row in result] == [1, 2]

@@ -25,29 +25,27 @@ from django.test.utils import CaptureQueriesContext
 from django.urls import path
 
 from django_asyncsession import DatabaseInterface
+from django_asyncsession.testing import capture_on_commit_callbacks
 from tests.faults import LoopProbe
 from tests.models import Author, Book, Tag, User
 from tests.sessions import INSERT, names, whole
 
 
 @pytest.fixture
-async def books(db: DatabaseInterface) -> DatabaseInterface:
+def books(database: DatabaseInterface) -> DatabaseInterface:
     """A database with three authors, and the first two with four books each, with two tags."""
+    make_books(database.alias)
+    return database
 
-    def make() -> None:
-        for name in ("Le Guin", "Borges", "Nobody"):
-            Author.objects.using(db.alias).create(name=name)
-        tags = [Tag.objects.using(db.alias).create(name=name) for name in ("new", "old")]
-        for author in Author.objects.using(db.alias).exclude(name="Nobody"):
-            for n in range(4):
-                book = Book.objects.using(db.alias).create(
-                    title=f"{author} {n}", author=author, price=n
-                )
-                book.tags.set(tags)
 
-    async with db.get_session() as session:
-        await session.run_sync(make)
-    return db
+def make_books(alias: str) -> None:
+    for name in ("Le Guin", "Borges", "Nobody"):
+        Author.objects.using(alias).create(name=name)
+    tags = [Tag.objects.using(alias).create(name=name) for name in ("new", "old")]
+    for author in Author.objects.using(alias).exclude(name="Nobody"):
+        for n in range(4):
+            book = Book.objects.using(alias).create(title=f"{author} {n}", author=author, price=n)
+            book.tags.set(tags)
 
 
 async def run(db: DatabaseInterface, fn: Any) -> Any:
@@ -63,12 +61,11 @@ async def run(db: DatabaseInterface, fn: Any) -> Any:
         result = await session.run_sync(call)
     if db.vendor != "sqlite":
         assert threading.active_count() == threads
-    await whole(db)
     return result
 
 
-async def test_it_passes_arguments_results_and_errors(db: DatabaseInterface) -> None:
-    async with db.get_session() as session:
+async def test_it_passes_arguments_results_and_errors(database: DatabaseInterface) -> None:
+    async with database.get_session() as session:
         assert await session.run_sync(lambda a, *, b: (a, b), 1, b=2) == (1, 2)
         with pytest.raises(ZeroDivisionError):
             await session.run_sync(lambda: 1 / 0)
@@ -79,14 +76,14 @@ async def test_it_passes_arguments_results_and_errors(db: DatabaseInterface) -> 
             await session.run_sync(wrong)
 
 
-async def test_an_errors_context_is_kept(db: DatabaseInterface) -> None:
+async def test_an_errors_context_is_kept(database: DatabaseInterface) -> None:
     def fails() -> None:
         try:
             {}["missing"]
         except KeyError:
             raise ValueError("second")  # noqa: B904
 
-    async with db.get_session() as session:
+    async with database.get_session() as session:
         with pytest.raises(ValueError, match="second") as caught:
             await session.run_sync(fails)
     assert isinstance(caught.value.__context__, KeyError)
@@ -132,7 +129,7 @@ async def test_aggregates_annotations_and_lazy_relations(books: DatabaseInterfac
     assert annotated == [("Le Guin", 4, 3)]
 
 
-async def test_bulk_work(db: DatabaseInterface) -> None:
+async def test_bulk_work(database: DatabaseInterface) -> None:
     def work(alias: str) -> Any:
         users = User.objects.using(alias)
         users.bulk_create([User(name=f"{n}") for n in range(300)], batch_size=100)
@@ -144,20 +141,20 @@ async def test_bulk_work(db: DatabaseInterface) -> None:
         users.filter(name__in=["1", "2"]).delete()
         return users.filter(level=2, xp=F("pk")).count(), len(list(users.iterator(chunk_size=50)))
 
-    assert await run(db, work) == (298, 298)
+    assert await run(database, work) == (298, 298)
 
 
-async def test_update_or_create_and_get_or_create(db: DatabaseInterface) -> None:
+async def test_update_or_create_and_get_or_create(database: DatabaseInterface) -> None:
     def work(alias: str) -> Any:
         authors = Author.objects.using(alias)
         made = [authors.update_or_create(name="a", defaults={"born": None})[1] for _ in range(2)]
         made += [authors.get_or_create(name="b")[1] for _ in range(2)]
         return made, authors.count()
 
-    assert await run(db, work) == ([True, False, True, False], 2)
+    assert await run(database, work) == ([True, False, True, False], 2)
 
 
-async def test_nested_atomic_with_and_without_errors(db: DatabaseInterface) -> None:
+async def test_nested_atomic_with_and_without_errors(database: DatabaseInterface) -> None:
     def work(alias: str) -> None:
         authors = Author.objects.using(alias)
         with transaction.atomic(using=alias):
@@ -171,30 +168,31 @@ async def test_nested_atomic_with_and_without_errors(db: DatabaseInterface) -> N
             pass
         assert connections[alias].in_atomic_block
 
-    await run(db, work)
-    found = await run(db, lambda alias: sorted(a.name for a in Author.objects.using(alias)))
+    await run(database, work)
+    found = await run(database, lambda alias: sorted(a.name for a in Author.objects.using(alias)))
     assert found == ["a", "b"]
 
 
-async def test_signals_and_on_commit(db: DatabaseInterface) -> None:
+async def test_signals_and_on_commit(database: DatabaseInterface) -> None:
     told: list[str] = []
 
     def saved(sender: Any, instance: Any, created: bool, using: str, **kwargs: Any) -> None:
-        told.append(f"saved {instance.name} {created} {using == db.alias}")
+        told.append(f"saved {instance.name} {created} {using == database.alias}")
         Tag.objects.using(using).create(name=f"by signal {Tag.objects.using(using).count()}")
         transaction.on_commit(lambda: told.append("committed"), using=using)
 
     signals.post_save.connect(saved, sender=User)
     try:
-        async with db.get_session() as session:
-            user = await session.add(User(name="a"))
-            user.name = "b"
-            await session.add(user)
+        async with capture_on_commit_callbacks(database.alias, execute=True):
+            async with database.get_session() as session:
+                user = await session.add(User(name="a"))
+                user.name = "b"
+                await session.add(user)
             assert told == ["saved a True True", "saved b False True"]
     finally:
         signals.post_save.disconnect(saved, sender=User)
     assert told[2:] == ["committed", "committed"]
-    assert await run(db, lambda alias: Tag.objects.using(alias).count()) == 2
+    assert await run(database, lambda alias: Tag.objects.using(alias).count()) == 2
 
 
 class AuthorForm(forms.ModelForm):  # type: ignore[type-arg]
@@ -224,12 +222,12 @@ class ToAlias:
 
 
 @pytest.fixture
-def routed(db: DatabaseInterface, monkeypatch: pytest.MonkeyPatch) -> DatabaseInterface:
+def routed(database: DatabaseInterface, monkeypatch: pytest.MonkeyPatch) -> DatabaseInterface:
     """The database that all queries go to which name none."""
     to_alias = ToAlias()
-    to_alias.alias = db.alias
+    to_alias.alias = database.alias
     monkeypatch.setattr(router, "routers", [to_alias])
-    return db
+    return database
 
 
 async def test_a_model_form_checks_uniqueness_and_saves(
@@ -344,66 +342,78 @@ class _Messages(list[str]):
         self.append(message)
 
 
-async def test_sync_code_shares_the_transaction_with_sql(db: DatabaseInterface) -> None:
-    async with db.get_session() as session:
+async def test_sync_code_shares_the_transaction_with_sql(database: DatabaseInterface) -> None:
+    async with database.get_session() as session:
         await session.execute(INSERT, ["sql"])
-        assert await session.run_sync(User.objects.using(db.alias).count) == 1
-        await session.run_sync(User.objects.using(db.alias).create, name="orm")
+        assert await session.run_sync(User.objects.using(database.alias).count) == 1
+        await session.run_sync(User.objects.using(database.alias).create, name="orm")
         assert await session.fetch_value("SELECT COUNT(*) FROM tests_user") == 2
         await session.rollback()
-        assert await session.run_sync(User.objects.using(db.alias).count) == 0
-        await session.run_sync(User.objects.using(db.alias).create, name="kept")
-    assert await names(db) == ["kept"]
+        assert await session.run_sync(User.objects.using(database.alias).count) == 0
+        await session.run_sync(User.objects.using(database.alias).create, name="kept")
+    assert await names(database) == ["kept"]
 
 
-async def test_an_iterator_left_early_leaves_the_connection_usable(db: DatabaseInterface) -> None:
+async def test_an_atomic_block_left_open_in_sync_code_is_undone(
+    database: DatabaseInterface,
+) -> None:
+    def work() -> None:
+        transaction.atomic(using=database.alias).__enter__()
+        User.objects.using(database.alias).create(name="lost")
+
+    async with database.get_session(autocommit=True) as session:
+        await session.run_sync(work)
+    assert await names(database) == []
+
+
+# On connections of the pool: how they go back to it, what they commit, what waits meanwhile
+
+
+async def test_an_iterator_left_early_leaves_the_connection_usable(
+    real_database: DatabaseInterface,
+) -> None:
+    users = User.objects.using(real_database.alias)
+
     def work() -> str:
-        User.objects.using(db.alias).bulk_create([User(name=f"{n:03}") for n in range(200)])
-        for user in User.objects.using(db.alias).order_by("name").iterator(chunk_size=10):
+        users.bulk_create([User(name=f"{n:03}") for n in range(200)])
+        for user in users.order_by("name").iterator(chunk_size=10):
             return user.name
         return "none"
 
-    async with db.get_session() as session:
+    async with real_database.get_session() as session:
         assert await session.run_sync(work) == "000"
         assert await session.fetch_value("SELECT COUNT(*) FROM tests_user") == 200
-    assert db.stats()["returns_bad"] == 0
-    await whole(db)
+    assert real_database.stats()["returns_bad"] == 0
+    await whole(real_database)
 
 
-async def test_in_autocommit_mode_sync_code_commits_by_itself(db: DatabaseInterface) -> None:
+async def test_in_autocommit_mode_sync_code_commits_by_itself(
+    real_database: DatabaseInterface,
+) -> None:
     def work() -> None:
-        assert connections[db.alias].get_autocommit()
-        User.objects.using(db.alias).create(name="a")
-        with contextlib.suppress(ZeroDivisionError), transaction.atomic(using=db.alias):
-            User.objects.using(db.alias).create(name="lost")
+        assert connections[real_database.alias].get_autocommit()
+        User.objects.using(real_database.alias).create(name="a")
+        with contextlib.suppress(ZeroDivisionError), transaction.atomic(using=real_database.alias):
+            User.objects.using(real_database.alias).create(name="lost")
             raise ZeroDivisionError
-        with transaction.atomic(using=db.alias, durable=True):
-            User.objects.using(db.alias).create(name="b")
+        with transaction.atomic(using=real_database.alias, durable=True):
+            User.objects.using(real_database.alias).create(name="b")
 
-    async with db.get_session(autocommit=True) as session:
+    async with real_database.get_session(autocommit=True) as session:
         await session.run_sync(work)
-        assert await names(db) == ["a", "b"]
-    await whole(db)
+        assert await names(real_database) == ["a", "b"]
+    await whole(real_database)
 
 
-async def test_an_atomic_block_left_open_in_sync_code_is_undone(db: DatabaseInterface) -> None:
-    def work() -> None:
-        transaction.atomic(using=db.alias).__enter__()
-        User.objects.using(db.alias).create(name="lost")
-
-    async with db.get_session(autocommit=True) as session:
-        await session.run_sync(work)
-    await whole(db)
-    assert await names(db) == []
-
-
-async def test_long_sync_work_lets_other_tasks_run(books: DatabaseInterface) -> None:
+async def test_long_sync_work_lets_other_tasks_run(real_database: DatabaseInterface) -> None:
     def work() -> int:
-        return sum(len(list(Book.objects.using(books.alias))) for _ in range(50))
+        return sum(len(list(Book.objects.using(real_database.alias))) for _ in range(50))
 
     worst = []
+    async with real_database.get_session() as session:
+        await session.run_sync(make_books, real_database.alias)
     for _ in range(3):
-        async with books.get_session() as session, LoopProbe() as probe:
+        async with real_database.get_session() as session, LoopProbe() as probe:
             assert await session.run_sync(work) == 400
         worst.append(probe.worst)
     assert min(worst) < 0.05

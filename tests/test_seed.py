@@ -6,7 +6,7 @@ import pytest
 
 from django_asyncsession import BaseResultSet, DatabaseInterface, RowNotFound, Session, State, table
 from tests.models import User as UserModel
-from tests.sessions import names, whole
+from tests.sessions import names
 
 # The examples' `User`: the model as it is, or seen as a table.
 USERS = {"model": UserModel, "row table": table(UserModel)}
@@ -26,7 +26,7 @@ async def run(code: str, **known: object) -> dict[str, object]:
     return await scope["example"]()  # type: ignore[operator, no-any-return]
 
 
-async def test_creating_a_session(db: DatabaseInterface) -> None:
+async def test_creating_a_session(database: DatabaseInterface) -> None:
     made = await run(
         """
 # create a session bound to our current database
@@ -37,17 +37,17 @@ sess = db.get_session()
 # providng a custom subclass or so on
 session = Session(bind=db)
 """,
-        db=db,
+        db=database,
         Session=Session,
     )
     for session in (made["sess"], made["session"]):
         assert isinstance(session, Session)
-        assert session.bind is db
+        assert session.bind is database
         assert session.state is State.NEW
 
 
-async def test_beginning_a_session(db: DatabaseInterface) -> None:
-    session = Session(bind=db)
+async def test_beginning_a_session(database: DatabaseInterface) -> None:
+    session = Session(bind=database)
     await run(
         """
 # begin and connect the session
@@ -59,11 +59,10 @@ await session.begin()
     async with session:
         assert await session.fetch_value("SELECT 1") == 1
     assert session.closed
-    await whole(db)
 
 
-async def test_async_with_opens_and_closes(db: DatabaseInterface) -> None:
-    session = Session(bind=db)
+async def test_async_with_opens_and_closes(database: DatabaseInterface) -> None:
+    session = Session(bind=database)
     made = await run(
         """
 async with session:
@@ -74,15 +73,15 @@ async with db.get_session() as sess:
     ...
 """,
         session=session,
-        db=db,
+        db=database,
     )
     sess = made["sess"]
     assert isinstance(sess, Session)
     assert session.closed and sess.closed
 
 
-async def test_running_sql(db: DatabaseInterface) -> None:
-    async with db.get_session() as session:
+async def test_running_sql(database: DatabaseInterface) -> None:
+    async with database.get_session() as session:
         made = await run(
             """
 cursor = await session.cursor("SELECT 1+1;")
@@ -93,13 +92,13 @@ answer = list(result.values())[0]  # or the list form for cross-db compatability
         )
         assert isinstance(made["cursor"], BaseResultSet)
         assert made["answer"] == 2
-        if db.vendor == "postgresql":
+        if database.vendor == "postgresql":
             await run('assert result["?column?"] == 2  # postgres example', result=made["result"])
         assert await session.execute("SELECT 1") in (0, 1, -1)
 
 
-async def test_adding_a_user(db: DatabaseInterface, user: object) -> None:
-    async with db.get_session() as session:
+async def test_adding_a_user(database: DatabaseInterface, user: object) -> None:
+    async with database.get_session() as session:
         await run(
             """
 u = User(id=1, name="heck")
@@ -108,14 +107,14 @@ await session.add(u)
             session=session,
             User=user,
         )
-    assert await names(db) == ["heck"]
-    async with db.get_session() as session:
+    assert await names(database) == ["heck"]
+    async with database.get_session() as session:
         added = await session.get_one(UserModel, 1)
         assert (added.name, added.level) == ("heck", 1)
 
 
-async def test_merging_a_user(db: DatabaseInterface) -> None:
-    async with db.get_session() as session:
+async def test_merging_a_user(database: DatabaseInterface) -> None:
+    async with database.get_session() as session:
         await session.add(UserModel(id=1, name="heck", level=7))
         await run(
             """
@@ -130,8 +129,10 @@ await session.merge(u)
         assert (merged.name, merged.level) == ("not heck", 7)
 
 
-async def test_merging_a_plain_model_instance_needs_its_fields(db: DatabaseInterface) -> None:
-    async with db.get_session() as session:
+async def test_merging_a_plain_model_instance_needs_its_fields(
+    database: DatabaseInterface,
+) -> None:
+    async with database.get_session() as session:
         await session.add(UserModel(id=1, name="heck", level=7))
         u = UserModel(id=1)
         u.name = "not heck"
@@ -144,17 +145,17 @@ async def test_merging_a_plain_model_instance_needs_its_fields(db: DatabaseInter
             await session.merge(UserModel(id=4711, name="x"), fields=["name"])
 
 
-async def test_add_is_for_rows_from_a_query_too(db: DatabaseInterface, user: object) -> None:
-    async with db.get_session() as session:
+async def test_add_is_for_rows_from_a_query_too(database: DatabaseInterface, user: object) -> None:
+    async with database.get_session() as session:
         await session.add(UserModel(id=1, name="heck"))
         u = await session.get_one(UserModel, 1)
         u.name = "changed"
         await session.add(u)
-    assert await names(db) == ["changed"]
+    assert await names(database) == ["changed"]
 
 
-async def test_removing_a_user(db: DatabaseInterface) -> None:
-    async with db.get_session() as session:
+async def test_removing_a_user(database: DatabaseInterface) -> None:
+    async with database.get_session() as session:
         u = await session.add(UserModel(id=1, name="heck"))
         await session.remove(u)
-    assert await names(db) == []
+    assert await names(database) == []
