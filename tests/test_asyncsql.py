@@ -23,17 +23,30 @@ from django.conf import settings
 from django.core.management import CommandError, call_command
 from django.db import connections
 
+from django_asyncsession import DatabaseInterface
 from django_asyncsession.management import formats, job, statements
 from tests.models import User
 
 NASTY = "\x1b[31mred\x9b\u202e\r\x00"
 
 
-@pytest.fixture
-def users(alias: str, empty_tables: None) -> str:
-    """Three users on the database of this alias."""
+def make_users(alias: str) -> None:
     for name, level in (("heck", 1), ("anna", 2), ("=1+1", 3)):
         User.objects.using(alias).create(name=name, level=level)
+
+
+@pytest.fixture
+def users(database: DatabaseInterface) -> str:
+    """Three users on each database in turn, in the test's transaction, which the command uses."""
+    make_users(database.alias)
+    return database.alias
+
+
+@pytest.fixture
+def real_users(alias: str, empty_tables: None) -> str:
+    """Three users that are committed, for what a transaction that is read-only, or committed,
+    does."""
+    make_users(alias)
     return alias
 
 
@@ -276,9 +289,13 @@ def test_neither_the_target_line_nor_an_error_has_the_password(
     assert error == "ValueError: cannot use ***\\x1b"
 
 
-# On real databases
+# On databases
+
+# In the test's transaction the command's own cannot be read-only.
+in_transaction = pytest.mark.filterwarnings("ignore:read_only=True")
 
 
+@in_transaction
 def test_rows_are_printed(users: str) -> None:
     sql = "SELECT name, level FROM tests_user ORDER BY level"
     out, err = asyncsql(sql, "--database", users, "--format", "json")
@@ -287,6 +304,7 @@ def test_rows_are_printed(users: str) -> None:
     assert f"{users}: " in err and "read-only, rolled back" in err and "3 rows in" in err
 
 
+@in_transaction
 def test_sql_comes_from_a_file_or_from_standard_input(
     users: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -298,6 +316,7 @@ def test_sql_comes_from_a_file_or_from_standard_input(
     assert asyncsql(*common)[0] == "n\n7\n"
 
 
+@in_transaction
 def test_parameters_are_bound(users: str) -> None:
     sql = "SELECT name FROM tests_user WHERE name = %(name)s AND level = %(level)s"
     params = ("--param", "name==1+1", "--param", "level:=3")
@@ -305,17 +324,20 @@ def test_parameters_are_bound(users: str) -> None:
     assert out == "name\n'=1+1\n"
 
 
+@in_transaction
 def test_a_percent_sign_without_parameters_is_a_percent_sign(users: str) -> None:
     sql = "SELECT name FROM tests_user WHERE name LIKE 'h%'"
     assert asyncsql(sql, "--database", users, "--format", "csv")[0] == "name\nheck\n"
 
 
+@in_transaction
 def test_a_missing_parameter_is_one_line(users: str) -> None:
     with pytest.raises(CommandError) as caught:
         asyncsql("SELECT %(a)s, %(b)s", "--param", "a=1", "--database", users)
     assert "\n" not in str(caught.value)
 
 
+@in_transaction
 def test_wrong_sql_is_one_line_with_the_servers_word(users: str) -> None:
     with pytest.raises(CommandError) as caught:
         asyncsql("SELECT * FROM no_such_table", "--database", users)
@@ -325,25 +347,27 @@ def test_wrong_sql_is_one_line_with_the_servers_word(users: str) -> None:
 
 
 @pytest.mark.parametrize("sql", ["UPDATE tests_user SET name = 'x'", "DELETE FROM tests_user"])
-def test_without_write_nothing_changes(users: str, sql: str) -> None:
+def test_without_write_nothing_changes(real_users: str, sql: str) -> None:
     with pytest.raises(CommandError):
-        asyncsql(sql, "--database", users)
-    assert names(users) == ["heck", "anna", "=1+1"]
+        asyncsql(sql, "--database", real_users)
+    assert names(real_users) == ["heck", "anna", "=1+1"]
 
 
-def test_with_write_the_change_is_committed(users: str) -> None:
+def test_with_write_the_change_is_committed(real_users: str) -> None:
     sql = "UPDATE tests_user SET name = 'x' WHERE level < 3"
-    _, err = asyncsql(sql, "--database", users, "--write", "--yes")
+    _, err = asyncsql(sql, "--database", real_users, "--write", "--yes")
     assert "2 rows changed" in err and "2 rows in" in err and "committed" in err
-    assert names(users) == ["x", "x", "=1+1"]
+    assert names(real_users) == ["x", "x", "=1+1"]
 
 
+@in_transaction
 def test_write_needs_yes_when_nobody_can_be_asked(users: str) -> None:
     with pytest.raises(CommandError, match="--write needs --yes"):
         asyncsql("DELETE FROM tests_user", "--database", users, "--write")
     assert len(names(users)) == 3
 
 
+@in_transaction
 @pytest.mark.parametrize(("answer", "left"), [("yes", 0), ("y", 3), ("", 3)])
 def test_on_a_terminal_write_asks(
     users: str, answer: str, left: int, monkeypatch: pytest.MonkeyPatch
@@ -357,28 +381,31 @@ def test_on_a_terminal_write_asks(
     assert len(names(users)) == left
 
 
+@in_transaction
 def test_several_statements_need_multi(users: str) -> None:
     with pytest.raises(CommandError, match="2 statements; --multi"):
         asyncsql("SELECT 1; SELECT 2", "--database", users)
 
 
-def test_several_statements_are_one_transaction(users: str) -> None:
+def test_several_statements_are_one_transaction(real_users: str) -> None:
     sql = "UPDATE tests_user SET name = 'x'; SELECT * FROM no_such_table"
     with pytest.raises(CommandError, match="no_such_table"):
-        asyncsql(sql, "--database", users, "--multi", "--write", "--yes")
-    assert names(users) == ["heck", "anna", "=1+1"]
+        asyncsql(sql, "--database", real_users, "--multi", "--write", "--yes")
+    assert names(real_users) == ["heck", "anna", "=1+1"]
     sql = "UPDATE tests_user SET name = 'y'; SELECT name FROM tests_user WHERE level = 1"
     common = ("--multi", "--write", "--yes", "--format", "csv")
-    assert asyncsql(sql, "--database", users, *common)[0] == "name\ny\n"
-    assert names(users) == ["y", "y", "y"]
+    assert asyncsql(sql, "--database", real_users, *common)[0] == "name\ny\n"
+    assert names(real_users) == ["y", "y", "y"]
 
 
+@in_transaction
 def test_a_commit_in_the_sql_is_refused(users: str) -> None:
     with pytest.raises(CommandError, match="COMMIT is not possible here"):
         asyncsql("COMMIT; DELETE FROM tests_user", "--multi", "--database", users)
     assert len(names(users)) == 3
 
 
+@in_transaction
 def test_the_limit_says_that_there_is_more(users: str) -> None:
     sql = "SELECT level FROM tests_user ORDER BY level"
     out, err = asyncsql(sql, "--database", users, "--format", "csv", "--limit", "2")
@@ -390,6 +417,7 @@ def test_the_limit_says_that_there_is_more(users: str) -> None:
         assert "only the first" not in err
 
 
+@in_transaction
 def test_no_rows_still_have_a_header(users: str) -> None:
     sql = "SELECT id, name FROM tests_user WHERE 1 = 0"
     assert asyncsql(sql, "--database", users, "--format", "csv")[0] == "id,name\n"
@@ -418,6 +446,7 @@ def test_a_role_is_taken_on_for_the_transaction() -> None:
         asyncsql("SELECT 1", "--role", 'no" one', *common)
 
 
+@in_transaction
 def test_each_run_is_one_line_in_the_audit_log(
     users: str, caplog: pytest.LogCaptureFixture
 ) -> None:

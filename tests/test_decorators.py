@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
-from asgiref.sync import sync_to_async
-from django.db import connections
 from django.http import HttpRequest, HttpResponse, StreamingHttpResponse
 from django.test import AsyncClient, override_settings
 from django.urls import path
@@ -16,9 +14,9 @@ from django.views import View
 
 from django_asyncsession import Session, SyncContextError, databases, inject_session
 from tests.models import User
+from tests.sessions import names
 
 MIDDLEWARE = ["django_asyncsession.middleware.AsyncSessionMiddleware"]
-pytestmark = pytest.mark.usefixtures("empty_tables")
 
 
 @inject_session
@@ -65,28 +63,23 @@ urlpatterns = [
 
 
 @pytest.fixture(autouse=True)
-async def urls() -> AsyncIterator[None]:
+def urls() -> Iterator[None]:
     with override_settings(ROOT_URLCONF=__name__, MIDDLEWARE=MIDDLEWARE):
         yield
-        await databases.close_all()
 
 
-@sync_to_async
-def saved() -> list[str]:
-    connection = connections["default"]
-    try:
-        with connection.cursor() as cursor:
-            cursor.execute("SELECT name FROM tests_user")
-            return [name for (name,) in cursor.fetchall()]
-    finally:
-        connection.close()
+async def saved() -> list[str]:
+    """Names of the users, in another session."""
+    return await names(databases["default"])
 
 
+@pytest.mark.django_db
 @pytest.mark.parametrize("url", ["/same/", "/users/"])
 async def test_a_view_gets_the_session_of_the_request(url: str) -> None:
     assert (await AsyncClient().get(url)).content == b"the request's"
 
 
+@pytest.mark.django_db
 @pytest.mark.parametrize("url", ["/same/", "/users/"])
 async def test_without_the_middleware_a_view_gets_a_session_of_its_own(url: str) -> None:
     with override_settings(MIDDLEWARE=[]):
@@ -94,26 +87,33 @@ async def test_without_the_middleware_a_view_gets_a_session_of_its_own(url: str)
 
 
 async def test_options_ask_for_a_session_of_its_own() -> None:
+    """On a connection of the pool, as in a test's transaction it could not be read-only."""
     assert (await AsyncClient().get("/options/7/")).content == b"7 True on"
+    await databases.close_all()
 
 
+@pytest.mark.django_db
 async def test_an_own_session_rolls_back_when_the_view_raises() -> None:
     with override_settings(MIDDLEWARE=[]), pytest.raises(ValueError, match="after the insert"):
         await AsyncClient().post("/users/")
     assert await saved() == []
 
 
+@pytest.mark.usefixtures("empty_tables")
 @pytest.mark.parametrize("middleware", [MIDDLEWARE, []])
 async def test_a_streaming_body_keeps_the_session_and_commits_at_its_end(
     middleware: list[str],
 ) -> None:
+    """As another connection sees it while the body is sent."""
     with override_settings(MIDDLEWARE=middleware):
         response = await AsyncClient().get("/stream/")
         assert await saved() == []
         assert b"".join([part async for part in response.streaming_content]) == b"123"
     assert await saved() == ["streamed"]
+    await databases.close_all()
 
 
+@pytest.mark.django_db
 async def test_a_plain_coroutine_commits_at_its_end() -> None:
     @inject_session
     async def register(name: str, session: Session) -> str:
@@ -124,6 +124,7 @@ async def test_a_plain_coroutine_commits_at_its_end() -> None:
     assert await saved() == ["plain"]
 
 
+@pytest.mark.django_db
 async def test_a_caller_that_passes_a_session_is_left_alone() -> None:
     @inject_session
     async def register(name: str, session: Session) -> Session:
@@ -136,6 +137,7 @@ async def test_a_caller_that_passes_a_session_is_left_alone() -> None:
     assert await saved() == []
 
 
+@pytest.mark.django_db
 async def test_a_channels_like_consumer_method_gets_a_session() -> None:
     class Consumer:
         @inject_session
