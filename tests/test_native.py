@@ -288,32 +288,34 @@ async def test_on_commit_calls_functions_and_awaits_coroutine_functions(
 
 
 async def test_on_commit_imported_by_its_name_waits_for_the_commit_too(
-    db: DatabaseInterface,
+    real_database: DatabaseInterface,
 ) -> None:
     called: list[str] = []
-    async with db.get_session() as session, native.use(session):
-        imported_on_commit(lambda: called.append("saved"), using=db.alias)
+    async with real_database.get_session() as session, native.use(session):
+        imported_on_commit(lambda: called.append("saved"), using=real_database.alias)
         assert called == []
         await session.rollback()
-        imported_on_commit(lambda: called.append("saved later"), using=db.alias)
+        imported_on_commit(lambda: called.append("saved later"), using=real_database.alias)
     assert called == ["saved later"]
 
 
-async def test_set_rollback_in_async_code_rolls_the_session_back(db: DatabaseInterface) -> None:
-    async with db.get_session() as session, native.use(session):
-        await User.objects.using(db.alias).acreate(name="Ada")
-        assert not transaction.get_rollback(using=db.alias)
-        transaction.set_rollback(True, using=db.alias)
-        assert transaction.get_rollback(using=db.alias)
-    assert await names(db) == []
+async def test_set_rollback_in_async_code_rolls_the_session_back(
+    database: DatabaseInterface,
+) -> None:
+    async with database.get_session() as session, native.use(session):
+        await User.objects.using(database.alias).acreate(name="Ada")
+        assert not transaction.get_rollback(using=database.alias)
+        transaction.set_rollback(True, using=database.alias)
+        assert transaction.get_rollback(using=database.alias)
+    assert await names(database) == []
 
 
-async def test_a_sync_block_in_async_code_is_refused_as_ever(db: DatabaseInterface) -> None:
-    async with db.get_session() as session, native.use(session):
-        with pytest.raises(SynchronousOnlyOperation), transaction.atomic(using=db.alias):
+async def test_a_sync_block_in_async_code_is_refused_as_ever(database: DatabaseInterface) -> None:
+    async with database.get_session() as session, native.use(session):
+        with pytest.raises(SynchronousOnlyOperation), transaction.atomic(using=database.alias):
             pass
-        await User.objects.using(db.alias).acreate(name="Ada")
-    assert await names(db) == ["Ada"]
+        await User.objects.using(database.alias).acreate(name="Ada")
+    assert await names(database) == ["Ada"]
 
 
 # Signals

@@ -75,18 +75,18 @@ async def holding(db: DatabaseInterface, **options: Any) -> Any:
 
 
 async def test_results_come_in_the_order_of_the_reads_whatever_they_are(
-    db: DatabaseInterface,
+    real_database: DatabaseInterface,
 ) -> None:
     for name in ("Ada", "Bo"):
-        await add(db, name)
-    async with db.get_session() as session:
+        await add(real_database, name)
+    async with real_database.get_session() as session:
         found = await session.gather(
             session.select(User).where(name="Bo"),
             User.objects.order_by("name"),
             User.objects.order_by("name").values_list("name", flat=True),
             User.objects.raw("SELECT * FROM tests_user ORDER BY name DESC"),
             lambda s: s.fetch_value(COUNT),
-            lambda s: s.run_sync(User.objects.using(db.alias).count),
+            lambda s: s.run_sync(User.objects.using(real_database.alias).count),
             session.select(User).where(level=0),
         )
     bo, both, texts, backwards, *counts, nobody = found
@@ -94,53 +94,55 @@ async def test_results_come_in_the_order_of_the_reads_whatever_they_are(
     assert [user.name for user in both] == texts == ["Ada", "Bo"]
     assert [user.name for user in backwards] == ["Bo", "Ada"]
     assert (counts, nobody) == ([2, 2], [])
-    await whole(db)
+    await whole(real_database)
 
 
-async def test_no_reads_have_no_results(db: DatabaseInterface) -> None:
-    async with db.get_session() as session:
+async def test_no_reads_have_no_results(real_database: DatabaseInterface) -> None:
+    async with real_database.get_session() as session:
         assert await session.gather() == []
 
 
 @pytest.mark.parametrize("autocommit", [False, True], ids=["transaction", "autocommit"])
 async def test_reads_run_at_the_same_time_on_connections_of_their_own(
-    db: DatabaseInterface, autocommit: bool
+    real_database: DatabaseInterface, autocommit: bool
 ) -> None:
     read = Together(3)
-    async with db.get_session(autocommit=autocommit) as session:
+    async with real_database.get_session(autocommit=autocommit) as session:
         assert len({*await session.gather(read, read, read)}) == 3
-    await whole(db)
+    await whole(real_database)
 
 
 async def test_a_session_that_holds_a_connection_reads_with_the_others(
-    db: DatabaseInterface,
+    real_database: DatabaseInterface,
 ) -> None:
     read = Together(3)
-    async with holding(db) as session:
+    async with holding(real_database) as session:
         own = await connection_of(session)
         found = await session.gather(read, read, read)
         assert len({*found}) == 3
         # READ COMMITTED keeps no snapshot that the others could see.
-        assert (own in found) is (db.vendor != "postgresql")
-    await whole(db)
+        assert (own in found) is (real_database.vendor != "postgresql")
+    await whole(real_database)
 
 
 @pytest.mark.parametrize("limit", [1, 2, 50])
-async def test_no_more_than_the_limit_read_at_once(db: DatabaseInterface, limit: int) -> None:
+async def test_no_more_than_the_limit_read_at_once(
+    real_database: DatabaseInterface, limit: int
+) -> None:
     running = most = 0
 
     async def read(session: Session) -> None:
         nonlocal running, most
         running += 1
         most = max(most, running)
-        await session.fetch_value(slow(db, 0.01))
+        await session.fetch_value(slow(real_database, 0.01))
         running -= 1
 
-    async with db.get_session() as session:
+    async with real_database.get_session() as session:
         await session.gather(*[read] * 6, limit=limit)
     assert most <= min(limit, 6)
-    assert db.stats()["pool_size"] <= limit
-    await whole(db)
+    assert real_database.stats()["pool_size"] <= limit
+    await whole(real_database)
 
 
 # One snapshot
@@ -155,22 +157,24 @@ async def test_no_more_than_the_limit_read_at_once(db: DatabaseInterface, limit:
 )
 @pytest.mark.parametrize("holds", [False, True], ids=["not begun", "holding"])
 async def test_all_reads_see_one_snapshot(
-    db: DatabaseInterface, options: dict[str, Any], limit: int, holds: bool
+    real_database: DatabaseInterface, options: dict[str, Any], limit: int, holds: bool
 ) -> None:
-    await add(db, "before")
-    async with db.get_session(**options) as session:
+    await add(real_database, "before")
+    async with real_database.get_session(**options) as session:
         if holds:
             await session.fetch_value(COUNT)
-        reads = Meanwhile(db)
+        reads = Meanwhile(real_database)
         assert await session.gather(reads.first, reads.second, limit=limit) == [1, 1]
-    assert await names(db) == ["before", "meanwhile"]
-    await whole(db)
+    assert await names(real_database) == ["before", "meanwhile"]
+    await whole(real_database)
 
 
 @only_postgresql
-async def test_reads_see_what_a_repeatable_read_transaction_sees(db: DatabaseInterface) -> None:
-    async with holding(db, isolation="repeatable read") as session:
-        await add(db, "later")
+async def test_reads_see_what_a_repeatable_read_transaction_sees(
+    real_database: DatabaseInterface,
+) -> None:
+    async with holding(real_database, isolation="repeatable read") as session:
+        await add(real_database, "later")
         read = Together(2)
         counts = [lambda s: s.fetch_value(COUNT)] * 2
         found = await session.gather(read, read, *counts)
@@ -181,20 +185,20 @@ async def test_reads_see_what_a_repeatable_read_transaction_sees(db: DatabaseInt
 
 @only_postgresql
 async def test_reads_see_what_was_saved_before_in_a_read_committed_transaction(
-    db: DatabaseInterface,
+    real_database: DatabaseInterface,
 ) -> None:
-    async with holding(db) as session:
-        await add(db, "later")
+    async with holding(real_database) as session:
+        await add(real_database, "later")
         assert await session.gather(lambda s: s.fetch_value(COUNT)) == [1]
 
 
 @only_postgresql
-async def test_the_isolation_level_is_the_servers_word(db: DatabaseInterface) -> None:
-    async with db.get_session() as session:
+async def test_the_isolation_level_is_the_servers_word(real_database: DatabaseInterface) -> None:
+    async with real_database.get_session() as session:
         await session.execute("SHOW transaction_isolation")
         read = Together(2)
         assert await connection_of(session) not in await session.gather(read, read)
-    async with db.get_session() as session:
+    async with real_database.get_session() as session:
         # Said in SQL, where no option of the session tells. It is a change of settings.
         await session.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
         with pytest.raises(SessionStateError, match=r"locked or set \(SET\)"):
@@ -204,29 +208,31 @@ async def test_the_isolation_level_is_the_servers_word(db: DatabaseInterface) ->
 @only_postgresql
 @pytest.mark.parametrize("isolation", ["serializable", "repeatable read"])
 async def test_where_no_other_connection_sees_the_same_the_own_one_reads_alone(
-    db: DatabaseInterface, isolation: str
+    real_database: DatabaseInterface, isolation: str
 ) -> None:
     async def read(session: Session) -> int:
         return await connection_of(session)
 
-    async with holding(db, isolation=isolation) as session, session.begin_nested():
+    async with holding(real_database, isolation=isolation) as session, session.begin_nested():
         own = await connection_of(session)
         assert await session.gather(read, read, read) == [own] * 3
 
 
 @only_postgresql
-async def test_a_savepoint_made_by_name_is_a_nested_block_too(db: DatabaseInterface) -> None:
-    async with holding(db, isolation="repeatable read") as session:
+async def test_a_savepoint_made_by_name_is_a_nested_block_too(
+    real_database: DatabaseInterface,
+) -> None:
+    async with holding(real_database, isolation="repeatable read") as session:
         assert session.transaction is not None
         await session.transaction.create_savepoint("here")
         assert await session.gather(lambda s: s.fetch_value(COUNT)) == [0]
 
 
-async def test_reads_run_beside_a_nested_block(db: DatabaseInterface) -> None:
+async def test_reads_run_beside_a_nested_block(real_database: DatabaseInterface) -> None:
     read = Together(2)
-    async with holding(db) as session, session.begin_nested():
+    async with holding(real_database) as session, session.begin_nested():
         assert len({*await session.gather(read, read)}) == 2
-    await whole(db)
+    await whole(real_database)
 
 
 # Writes
@@ -255,15 +261,19 @@ def changes() -> Iterator[Any]:
 
 @pytest.mark.parametrize(("change", "word"), [*changes()])
 async def test_a_transaction_that_has_written_refuses_and_goes_on(
-    db: DatabaseInterface, change: Callable[[Session], Coroutine[Any, Any, None]], word: str
+    real_database: DatabaseInterface,
+    change: Callable[[Session], Coroutine[Any, Any, None]],
+    word: str,
 ) -> None:
-    async with db.get_session() as session:
+    async with real_database.get_session() as session:
         await change(session)
-        with pytest.raises(SessionStateError, match=rf"{db.alias!r}.*written.*\({word}\).*commit"):
+        with pytest.raises(
+            SessionStateError, match=rf"{real_database.alias!r}.*written.*\({word}\).*commit"
+        ):
             await session.gather(User.objects.all())
         await session.commit()
-        assert len((await session.gather(User.objects.all()))[0]) == len(await names(db))
-    await whole(db)
+        assert len((await session.gather(User.objects.all()))[0]) == len(await names(real_database))
+    await whole(real_database)
 
 
 @only_postgresql
@@ -279,16 +289,16 @@ async def test_a_transaction_that_has_written_refuses_and_goes_on(
     ],
 )
 async def test_what_other_connections_would_not_have_is_refused(
-    db: DatabaseInterface, sql: str, word: str
+    real_database: DatabaseInterface, sql: str, word: str
 ) -> None:
-    async with db.get_session() as session:
+    async with real_database.get_session() as session:
         await session.execute(sql)
         with pytest.raises(SessionStateError, match=rf"\({word}\)"):
             await session.gather(User.objects.all())
 
 
 @only_postgresql
-async def test_copy_is_a_write(db: DatabaseInterface) -> None:
+async def test_copy_is_a_write(real_database: DatabaseInterface) -> None:
     def copy() -> None:
         from django.db import connection
 
@@ -298,28 +308,28 @@ async def test_copy_is_a_write(db: DatabaseInterface) -> None:
         ):
             to.write_row(("copied", 1))
 
-    async with db.get_session() as session:
+    async with real_database.get_session() as session:
         await session.run_sync(copy)
         with pytest.raises(SessionStateError, match=r"\(COPY\)"):
             await session.gather(User.objects.all())
 
 
 @pytest.mark.parametrize("holds", [False, True], ids=["not begun", "holding"])
-async def test_a_read_that_writes_is_refused(db: DatabaseInterface, holds: bool) -> None:
+async def test_a_read_that_writes_is_refused(real_database: DatabaseInterface, holds: bool) -> None:
     async def write(session: Session) -> None:
         await session.execute(INSERT, ("written in a read",))
 
-    session = db.get_session()
+    session = real_database.get_session()
     with pytest.raises(Error, match=r"(?i)read.?only|is for reads") as raised:
         async with session:
             if holds:
                 await session.fetch_value(COUNT)
             await session.gather(write, limit=1)
     # The session's own connection, where it is the first, can write.
-    on_own = holds and db.vendor != "postgresql"
+    on_own = holds and real_database.vendor != "postgresql"
     assert isinstance(raised.value, SessionStateError) is on_own
-    assert await names(db) == []
-    await whole(db)
+    assert await names(real_database) == []
+    await whole(real_database)
 
 
 # The pool
@@ -327,60 +337,62 @@ async def test_a_read_that_writes_is_refused(db: DatabaseInterface, holds: bool)
 
 @pytest.mark.parametrize("isolation", [None, "repeatable read"])
 async def test_a_pool_of_one_connection_is_enough(
-    db: DatabaseInterface, isolation: str | None, caplog: pytest.LogCaptureFixture
+    real_database: DatabaseInterface, isolation: str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    if db.vendor == "sqlite":
+    if real_database.vendor == "sqlite":
         isolation = None
-    with pool(db, max_size=1, timeout=2):
-        async with db.get_session(isolation=isolation) as session:
+    with pool(real_database, max_size=1, timeout=2):
+        async with real_database.get_session(isolation=isolation) as session:
             assert await session.gather(*[lambda s: s.fetch_value(COUNT)] * 3) == [0, 0, 0]
-        async with holding(db, isolation=isolation) as session:
+        async with holding(real_database, isolation=isolation) as session:
             with caplog.at_level(logging.WARNING, "django_asyncsession"):
                 assert await session.gather(*[lambda s: s.fetch_value(COUNT)] * 3) == [0, 0, 0]
-        await whole(db)
+        await whole(real_database)
     warned = [r.getMessage() for r in caplog.records if "one after the other" in r.getMessage()]
-    assert len(warned) == (db.vendor == "postgresql" and isolation is None)
+    assert len(warned) == (real_database.vendor == "postgresql" and isolation is None)
 
 
 @pytest.mark.parametrize("size", [2, 3])
 async def test_sessions_that_hold_all_connections_and_gather_do_not_wait_for_each_other(
-    db: DatabaseInterface, size: int
+    real_database: DatabaseInterface, size: int
 ) -> None:
     all_hold = asyncio.Barrier(size)
 
     async def request() -> list[Any]:
         # On SQLite one session at a time may write.
-        async with holding(db, read_only=db.vendor == "sqlite") as session:
+        async with holding(real_database, read_only=real_database.vendor == "sqlite") as session:
             await all_hold.wait()
             return await session.gather(*[lambda s: s.fetch_value(COUNT)] * 4)
 
-    with pool(db, max_size=size, timeout=5):
+    with pool(real_database, max_size=size, timeout=5):
         assert await asyncio.gather(*(request() for _ in range(size))) == [[0] * 4] * size
-        await whole(db)
+        await whole(real_database)
 
 
 async def test_whoever_waits_for_a_connection_stops_when_nothing_is_left_to_read(
-    db: DatabaseInterface,
+    real_database: DatabaseInterface,
 ) -> None:
-    with pool(db, max_size=2, timeout=10):
-        async with holding(db), db.get_session() as session:
+    with pool(real_database, max_size=2, timeout=10):
+        async with holding(real_database), real_database.get_session() as session:
             assert await session.gather(*[lambda s: s.fetch_value(COUNT)] * 4) == [0] * 4
-            assert db.stats()["requests_waiting"] == 0
-        await whole(db)
+            assert real_database.stats()["requests_waiting"] == 0
+        await whole(real_database)
 
 
-async def test_a_full_queue_of_the_pool_costs_speed_and_no_result(db: DatabaseInterface) -> None:
-    with pool(db, max_size=2, max_waiting=1, timeout=10):
-        async with holding(db), db.get_session() as session:
+async def test_a_full_queue_of_the_pool_costs_speed_and_no_result(
+    real_database: DatabaseInterface,
+) -> None:
+    with pool(real_database, max_size=2, max_waiting=1, timeout=10):
+        async with holding(real_database), real_database.get_session() as session:
             assert await session.gather(*[lambda s: s.fetch_value(COUNT)] * 4) == [0] * 4
-        await whole(db)
+        await whole(real_database)
 
 
 # Errors and cancellation
 
 
 async def test_the_first_error_is_raised_and_the_other_reads_are_stopped(
-    db: DatabaseInterface,
+    real_database: DatabaseInterface,
 ) -> None:
     stopped = begun = 0
     all_begun = asyncio.Event()
@@ -400,16 +412,16 @@ async def test_the_first_error_is_raised_and_the_other_reads_are_stopped(
         await all_begun.wait()
         await session.fetch_value("SELECT * FROM no_such_table")
 
-    async with db.get_session() as session:
+    async with real_database.get_session() as session:
         with pytest.raises(Exception, match="no_such_table"):
             await session.gather(wrong, endless, endless, User.objects.all(), limit=3)
         assert stopped == 2
         assert await session.fetch_value(COUNT) == 0
-    await whole(db)
+    await whole(real_database)
 
 
 async def test_an_error_elsewhere_leaves_the_sessions_own_connection_as_it_was(
-    db: DatabaseInterface,
+    real_database: DatabaseInterface,
 ) -> None:
     failed = asyncio.Event()
 
@@ -421,35 +433,37 @@ async def test_an_error_elsewhere_leaves_the_sessions_own_connection_as_it_was(
         failed.set()
         raise LookupError("of a read")
 
-    isolation = "repeatable read" if db.vendor == "postgresql" else None
-    async with holding(db, isolation=isolation) as session:
+    isolation = "repeatable read" if real_database.vendor == "postgresql" else None
+    async with holding(real_database, isolation=isolation) as session:
         connection = await connection_of(session)
         with pytest.raises(LookupError, match="of a read"):
             await session.gather(own, wrong, own)
         assert await connection_of(session) == connection
         await session.execute(INSERT, ("after",))
-    assert await names(db) == ["after"]
-    await whole(db)
+    assert await names(real_database) == ["after"]
+    await whole(real_database)
 
 
-async def test_a_read_that_was_cancelled_from_within_is_not_a_result(db: DatabaseInterface) -> None:
+async def test_a_read_that_was_cancelled_from_within_is_not_a_result(
+    real_database: DatabaseInterface,
+) -> None:
     async def read(session: Session) -> None:
         raise asyncio.CancelledError
 
     async def gather() -> None:
-        async with db.get_session() as session:
+        async with real_database.get_session() as session:
             await session.gather(User.objects.all(), read)
 
     assert isinstance(await outcome_of(gather()), asyncio.CancelledError)
-    await whole(db)
+    await whole(real_database)
 
 
 @pytest.mark.parametrize("holds", [False, True], ids=["not begun", "holding"])
 async def test_a_cancellation_at_any_await_leaves_the_pool_whole(
-    db: DatabaseInterface, holds: bool
+    real_database: DatabaseInterface, holds: bool
 ) -> None:
     async def work() -> list[Any]:
-        async with db.get_session() as session:
+        async with real_database.get_session() as session:
             if holds:
                 await session.fetch_value(COUNT)
             return await session.gather(*[lambda s: s.fetch_value(COUNT)] * 3, limit=2)
@@ -465,37 +479,41 @@ async def test_a_cancellation_at_any_await_leaves_the_pool_whole(
         outcome = await outcome_of(attempt())
         done = tries.done
         assert outcome == [0, 0, 0] if done else isinstance(outcome, asyncio.CancelledError)
-        await whole(db)
+        await whole(real_database)
         assert not [t for t in asyncio.all_tasks() if "_read_on_another" in repr(t)]
     assert step > 2
 
 
-async def test_the_time_limit_of_the_session_holds_for_each_read(db: DatabaseInterface) -> None:
-    async with db.get_session(timeout=0.2) as session:
+async def test_the_time_limit_of_the_session_holds_for_each_read(
+    real_database: DatabaseInterface,
+) -> None:
+    async with real_database.get_session(timeout=0.2) as session:
         with pytest.raises(QueryTimeout):
-            await session.gather(lambda s: s.fetch_value(slow(db, 5)))
-    await whole(db)
+            await session.gather(lambda s: s.fetch_value(slow(real_database, 5)))
+    await whole(real_database)
 
 
-async def test_a_read_that_uses_the_session_itself_is_told_so(db: DatabaseInterface) -> None:
+async def test_a_read_that_uses_the_session_itself_is_told_so(
+    real_database: DatabaseInterface,
+) -> None:
     meet = asyncio.Barrier(2)
 
     async def read(_: Session) -> Any:
         await meet.wait()
         return await session.fetch_value(COUNT)
 
-    async with holding(db) as session:
+    async with holding(real_database) as session:
         with pytest.raises(SessionInUseError, match="a session of its own"):
             await session.gather(read, read)
         assert await session.fetch_value(COUNT) == 0
-    await whole(db)
+    await whole(real_database)
 
 
 # What is no read
 
 
-async def test_what_is_no_read_is_refused(db: DatabaseInterface) -> None:
-    async with db.get_session() as session:
+async def test_what_is_no_read_is_refused(real_database: DatabaseInterface) -> None:
+    async with real_database.get_session() as session:
         coroutine = session.fetch_value(COUNT)
         with pytest.raises(TypeError, match=r"'Session.fetch_value'.*lambda s: s\.fetch_all"):
             await session.gather(User.objects.all(), coroutine)
@@ -513,9 +531,9 @@ async def test_what_is_no_read_is_refused(db: DatabaseInterface) -> None:
 
 
 async def test_a_session_that_has_not_begun_or_is_closed_does_not_gather(
-    db: DatabaseInterface,
+    real_database: DatabaseInterface,
 ) -> None:
-    session = db.get_session()
+    session = real_database.get_session()
     with pytest.raises(SessionStateError, match="has not begun"):
         await session.gather(User.objects.all())
     await session.begin()
@@ -529,9 +547,9 @@ async def test_a_session_that_has_not_begun_or_is_closed_does_not_gather(
 
 @only_postgresql
 async def test_djangos_own_methods_in_a_read_run_on_its_connection(
-    db: DatabaseInterface,
+    real_database: DatabaseInterface,
 ) -> None:
-    await add(db, "Ada")
+    await add(real_database, "Ada")
 
     async def read(session: Session) -> tuple[str, bool]:
         await meet.wait()
@@ -540,7 +558,7 @@ async def test_djangos_own_methods_in_a_read_run_on_its_connection(
 
     meet = asyncio.Barrier(2)
     with override_settings(ASYNC_SESSION={"NATIVE_ORM": True}):
-        async with db.get_session() as session, native.use(session):
+        async with real_database.get_session() as session, native.use(session):
             assert await session.gather(read, read) == [("Ada", True)] * 2
             assert (await User.objects.aget()).name == "Ada"
-    await whole(db)
+    await whole(real_database)
