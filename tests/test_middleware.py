@@ -10,10 +10,9 @@ from typing import Any
 
 import django
 import pytest
-from asgiref.sync import sync_to_async
 from django.core.exceptions import PermissionDenied, SuspiciousOperation
 from django.core.handlers.asgi import ASGIHandler
-from django.db import DatabaseError, IntegrityError, connections
+from django.db import DatabaseError, IntegrityError
 from django.http import Http404, HttpRequest, HttpResponse, StreamingHttpResponse
 from django.template.response import TemplateResponse
 from django.test import AsyncClient, Client, override_settings
@@ -25,7 +24,6 @@ from tests.models import User
 from tests.sessions import slow as slow_sql
 
 MIDDLEWARE = ["django_asyncsession.middleware.AsyncSessionMiddleware"]
-pytestmark = pytest.mark.usefixtures("empty_tables")
 
 
 async def add(request: HttpRequest) -> HttpResponse:
@@ -128,16 +126,21 @@ urlpatterns = [
 
 
 @pytest.fixture(autouse=True)
-async def database(alias: str) -> AsyncIterator[DatabaseInterface]:
-    """Each database in turn is that of the middleware."""
+def site(alias: str) -> Iterator[None]:
+    """The views above; each database in turn is that of the middleware."""
     Stream.rows, Stream.error_at = 5, None
     Stream.started, Stream.ended = asyncio.Event(), None
     with override_settings(
         ROOT_URLCONF=__name__, MIDDLEWARE=MIDDLEWARE, ASYNC_SESSION={"ALIAS": alias}
     ):
-        yield databases[alias]
-        await wait_until_clean(databases[alias])
-        await databases.close_all()
+        yield
+
+
+@pytest.fixture
+async def real_database(real_database: DatabaseInterface) -> AsyncIterator[DatabaseInterface]:
+    """As everywhere, and after the test its pool is whole."""
+    yield real_database
+    await wait_until_clean(real_database)
 
 
 # How many statements each server runs for long; SQLite has no server.
@@ -170,22 +173,19 @@ def quiet() -> Iterator[AsyncClient]:
     yield AsyncClient(raise_request_exception=False)
 
 
-def names(alias: str) -> list[str]:
-    """What is committed, seen from a connection of the test's own."""
-    connection = connections[alias]
-    try:
-        with connection.cursor() as cursor:
-            cursor.execute("SELECT name FROM tests_user UNION ALL SELECT name FROM tests_tag")
-            return [name for (name,) in cursor.fetchall()]
-    finally:
-        connection.close()
-
-
 @pytest.fixture
 def saved(alias: str) -> Callable[[], Awaitable[list[str]]]:
-    return lambda: sync_to_async(names)(alias)
+    """What is committed, as another session sees it."""
+
+    async def names() -> list[str]:
+        async with databases[alias].get_session(autocommit=True) as session:
+            sql = "SELECT name FROM tests_user UNION ALL SELECT name FROM tests_tag"
+            return [row[0] for row in await session.fetch_all(sql)]
+
+    return names
 
 
+@pytest.mark.usefixtures("real_database")
 async def test_commits_before_the_response_leaves(saved: Any) -> None:
     response = await AsyncClient().get("/add/")
     assert response.status_code == 200
@@ -193,12 +193,13 @@ async def test_commits_before_the_response_leaves(saved: Any) -> None:
 
 
 async def test_takes_no_connection_when_the_session_is_not_used(
-    database: DatabaseInterface,
+    real_database: DatabaseInterface,
 ) -> None:
     assert (await AsyncClient().get("/idle/")).content == b"0"
-    assert database.stats()["pool_size"] == 0
+    assert real_database.stats()["pool_size"] == 0
 
 
+@pytest.mark.usefixtures("database")
 @pytest.mark.parametrize(
     ("url", "status"),
     [("value-error", 500), ("404", 404), ("403", 403), ("400", 400), ("render", 500)],
@@ -229,6 +230,7 @@ class AnswersExceptions:
         return HttpResponse("all is well")
 
 
+@pytest.mark.usefixtures("database")
 async def test_rolls_back_although_another_middleware_answers_the_exception(saved: Any) -> None:
     with override_settings(MIDDLEWARE=[*MIDDLEWARE, f"{__name__}.AnswersExceptions"]):
         response = await AsyncClient().get("/value-error/")
@@ -242,6 +244,7 @@ class RaisesAfterTheView(AnswersExceptions):
         raise RuntimeError("inner middleware")
 
 
+@pytest.mark.usefixtures("database")
 async def test_rolls_back_when_an_inner_middleware_raises(quiet: AsyncClient, saved: Any) -> None:
     with override_settings(MIDDLEWARE=[*MIDDLEWARE, f"{__name__}.RaisesAfterTheView"]):
         assert (await quiet.get("/add/")).status_code == 500
@@ -252,12 +255,14 @@ def sync_only(get_response: Any) -> Any:
     return lambda request: get_response(request)
 
 
+@pytest.mark.usefixtures("database")
 async def test_works_around_sync_only_middleware(saved: Any) -> None:
     with override_settings(MIDDLEWARE=[*MIDDLEWARE, f"{__name__}.sync_only"]):
         assert (await AsyncClient().get("/add/")).status_code == 200
     assert await saved() == ["added"]
 
 
+@pytest.mark.usefixtures("database")
 async def test_a_swallowed_database_error_is_a_500_and_not_a_200_with_nothing_saved(
     quiet: AsyncClient, saved: Any
 ) -> None:
@@ -265,6 +270,7 @@ async def test_a_swallowed_database_error_is_a_500_and_not_a_200_with_nothing_sa
     assert await saved() == []
 
 
+@pytest.mark.usefixtures("database")
 async def test_a_constraint_that_fails_at_commit_is_a_500(quiet: AsyncClient, saved: Any) -> None:
     assert (await quiet.get("/commit/")).status_code == 500
     with pytest.raises(IntegrityError):
@@ -272,12 +278,14 @@ async def test_a_constraint_that_fails_at_commit_is_a_500(quiet: AsyncClient, sa
     assert await saved() == []
 
 
+@pytest.mark.usefixtures("database")
 async def test_a_sync_view_is_told_what_to_do(saved: Any) -> None:
     with pytest.raises(SyncContextError, match="make the view `async def`"):
         await AsyncClient().get("/sync/")
     assert (await AsyncClient().get("/sync-without/")).content == b"fine"
 
 
+@pytest.mark.usefixtures("database")
 @pytest.mark.filterwarnings("ignore:.*:ResourceWarning")
 def test_wsgi_is_told_what_to_do() -> None:
     with override_settings(ROOT_URLCONF=__name__, MIDDLEWARE=MIDDLEWARE):
@@ -288,12 +296,14 @@ def test_wsgi_is_told_what_to_do() -> None:
             Client().get("/add/")
 
 
+@pytest.mark.usefixtures("real_database")
 async def test_each_request_has_its_own_session(saved: Any) -> None:
     client = AsyncClient()
     await asyncio.gather(*[client.get("/add/") for _ in range(20)])
     assert await saved() == ["added"] * 20
 
 
+@pytest.mark.usefixtures("database")
 async def test_without_atomic_requests_the_session_is_in_autocommit_mode(
     alias: str, quiet: AsyncClient, saved: Any
 ) -> None:
@@ -302,6 +312,7 @@ async def test_without_atomic_requests_the_session_is_in_autocommit_mode(
     assert await saved() == ["half"]
 
 
+@pytest.mark.usefixtures("database")
 async def test_the_session_is_under_the_name_that_is_set(alias: str) -> None:
     with (
         override_settings(ASYNC_SESSION={"ALIAS": alias, "REQUEST_ATTRIBUTE": "other"}),
@@ -313,6 +324,7 @@ async def test_the_session_is_under_the_name_that_is_set(alias: str) -> None:
 # Streaming
 
 
+@pytest.mark.usefixtures("real_database")
 async def test_a_streaming_body_has_the_session_until_its_end_and_then_it_commits(
     saved: Any,
 ) -> None:
@@ -324,6 +336,7 @@ async def test_a_streaming_body_has_the_session_until_its_end_and_then_it_commit
     assert Stream.ended is not None and Stream.ended.closed
 
 
+@pytest.mark.usefixtures("database")
 async def test_a_body_that_raises_rolls_back(saved: Any) -> None:
     Stream.error_at = 3
     response = await AsyncClient().get("/stream/")
@@ -334,11 +347,11 @@ async def test_a_body_that_raises_rolls_back(saved: Any) -> None:
 
 
 async def test_a_body_that_never_starts_ends_its_session_when_the_response_is_closed(
-    database: DatabaseInterface, saved: Any
+    real_database: DatabaseInterface, saved: Any
 ) -> None:
     response = await AsyncClient().get("/stream/")
     await asyncio.to_thread(response.close)
-    await wait_until_clean(database)
+    await wait_until_clean(real_database)
     assert Stream.ended is not None and Stream.ended.closed
     assert await saved() == []
 
@@ -350,7 +363,7 @@ class DropsTheResponse(AnswersExceptions):
 
 
 async def test_a_response_that_is_dropped_ends_its_session_without_the_garbage_collector(
-    database: DatabaseInterface, saved: Any
+    real_database: DatabaseInterface, saved: Any
 ) -> None:
     gc.disable()
     try:
@@ -358,7 +371,7 @@ async def test_a_response_that_is_dropped_ends_its_session_without_the_garbage_c
             connection = Connection("/stream/")
             await connection.run()
         assert connection.body == b"another one"
-        await wait_until_clean(database)
+        await wait_until_clean(real_database)
     finally:
         gc.enable()
     assert Stream.ended is not None and Stream.ended.closed
@@ -409,7 +422,7 @@ class Connection:
 
 
 async def test_a_client_that_leaves_in_mid_query_rolls_back(
-    database: DatabaseInterface, saved: Any
+    real_database: DatabaseInterface, saved: Any
 ) -> None:
     connection = Connection("/slow/")
     task = asyncio.create_task(connection.run())
@@ -419,27 +432,27 @@ async def test_a_client_that_leaves_in_mid_query_rolls_back(
         await task
     except BaseException as exc:
         assert not isinstance(exc, AssertionError)
-    await wait_until_clean(database)
+    await wait_until_clean(real_database)
     assert await saved() == []
-    assert await busy(database) == 0
+    assert await busy(real_database) == 0
 
 
 async def test_a_client_that_leaves_while_the_body_is_sent_leaves_it_committed(
-    database: DatabaseInterface, saved: Any
+    real_database: DatabaseInterface, saved: Any
 ) -> None:
     connection = Connection("/add/", leave_after=1)
     await connection.run()
-    await wait_until_clean(database)
+    await wait_until_clean(real_database)
     assert await saved() == ["added"]
 
 
 async def test_a_client_that_leaves_a_stream_rolls_back(
-    database: DatabaseInterface, saved: Any
+    real_database: DatabaseInterface, saved: Any
 ) -> None:
     Stream.rows = 100_000
     connection = Connection("/stream/", leave_after=3)
     await connection.run()
-    await wait_until_clean(database)
+    await wait_until_clean(real_database)
     assert b"1\n" in connection.body
     assert Stream.ended is not None and Stream.ended.closed
     assert await saved() == []
@@ -451,7 +464,7 @@ async def test_a_client_that_leaves_a_stream_rolls_back(
 )
 @pytest.mark.parametrize("url", ["/slow/", "/stream/"])
 async def test_a_server_that_cancels_the_request_leaves_nothing_behind(
-    database: DatabaseInterface, url: str, saved: Any
+    real_database: DatabaseInterface, url: str, saved: Any
 ) -> None:
     Stream.rows = 100_000
     connection = Connection(url, leave_after=3, says_so=False)
@@ -459,7 +472,7 @@ async def test_a_server_that_cancels_the_request_leaves_nothing_behind(
     await Stream.started.wait()
     task.cancel()
     await asyncio.wait([task])
-    await wait_until_clean(database)
+    await wait_until_clean(real_database)
     del task, connection
     gc.collect()
     assert await saved() == []
