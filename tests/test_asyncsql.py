@@ -1,4 +1,7 @@
-"""manage.py asyncsql: what it prints, what it refuses, and that it changes nothing unasked."""
+"""manage.py asyncsql: what it prints, what it refuses, and that it changes nothing unasked.
+
+With real commits where they, time limits or another process are the point.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Nested blocks: savepoints, `atomic()` with Django's meaning, and whose they are."""
+"""Nested blocks: savepoints, `atomic()` with Django's meaning, and whose they are.
+
+On connections of the pools, whose transactions are real: savepoints within the savepoint of a test
+would show less.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The DDL session: tables, columns, indexes and foreign keys, made, changed and described."""
+"""The DDL session: tables, columns, indexes and foreign keys, made, changed and described.
+
+With real commits where the database has no other way to change its schema.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import pytest
 from django.db import IntegrityError, ProgrammingError, connections, models
 from django.test.utils import isolate_apps
 
-from django_asyncsession import databases, table
+from django_asyncsession import DatabaseInterface, databases, table
 from django_asyncsession.ddl import ColumnInfo, DDLSession
 from tests.models import Author, Book
 
@@ -17,14 +20,29 @@ NAMES = ("ddl_one", "ddl_two")
 
 
 @pytest.fixture
-async def ddl(alias: str) -> AsyncIterator[DDLSession]:
-    """A DDL session on each database in turn; the tables of the tests are dropped."""
-    ddl = databases[alias].get_ddl_session()
+def database_of_ddl(alias: str, request: pytest.FixtureRequest) -> DatabaseInterface:
+    """Each database in turn: PostgreSQL in the transaction of the test; the others as they are, as
+    there each change of the schema is final."""
+    database: DatabaseInterface = databases[alias]
+    return request.getfixturevalue("database") if rolls_back(alias) else database
+
+
+@pytest.fixture
+async def ddl(database_of_ddl: DatabaseInterface) -> AsyncIterator[DDLSession]:
+    """A DDL session on each database in turn; what is not rolled back of its tables is dropped."""
+    ddl = database_of_ddl.get_ddl_session()
     await ddl.begin()
     yield ddl
     await ddl.close()
-    await drop_all(alias)
-    await databases[alias].close()
+    if not rolls_back(ddl.alias):
+        await drop_all(ddl.alias)
+        await database_of_ddl.close()
+
+
+def rolls_back(alias: str) -> bool:
+    """Whether a change of the schema can be part of a transaction."""
+    features = connections[alias].features
+    return bool(features.can_rollback_ddl and features.atomic_transactions)
 
 
 async def drop_all(alias: str) -> None:
@@ -201,6 +219,7 @@ async def test_all_columns_and_indexes(ddl: DDLSession) -> None:
 
 
 async def test_changes_roll_back_together_where_the_database_can(alias: str) -> None:
+    """With a transaction of their own, as it is about that."""
     db = databases[alias]
     with pytest.raises(ZeroDivisionError):
         async with db.get_ddl_session() as ddl:
@@ -208,8 +227,6 @@ async def test_changes_roll_back_together_where_the_database_can(alias: str) -> 
             assert repr(ddl).startswith(f"<DDLSession {alias!r}")
             raise ZeroDivisionError
     async with db.get_ddl_session() as ddl:
-        features = connections[alias].features
-        together = features.can_rollback_ddl and features.atomic_transactions
-        assert ("ddl_one" in await ddl.get_tables()) is not together
+        assert ("ddl_one" in await ddl.get_tables()) is not rolls_back(alias)
         await ddl.drop_table("ddl_one")
     await db.close()

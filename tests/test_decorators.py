@@ -1,4 +1,7 @@
-"""`@inject_session`: the request's session, or one of the function's own."""
+"""`@inject_session`: the request's session, or one of the function's own.
+
+With real commits where the end of a response, or what BEGIN says, is the point.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Sessions in every order of events: cancelled anywhere, closed anywhere, cut off from the server.
 
-All or nothing is saved, and the pool is whole afterwards.
+All or nothing is saved, and the pool is whole afterwards, so the commits and the pool are real.
 """
 
 from __future__ import annotations

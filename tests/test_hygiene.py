@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +21,10 @@ CODE = sorted(
     for path in (ROOT / folder).rglob("*.py")
     if "migrations" not in path.parts
 )
+
+TESTS = sorted((ROOT / "tests").glob("test_*.py"))
+# Fixtures of tests that commit, where most have the transaction of the toolkit.
+COMMITTING = {"real_database", "real_session", "empty_tables", "empty_database"}
 
 Named = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
@@ -84,3 +89,13 @@ def test_no_function_is_too_long(path: Path) -> None:
 
 def test_every_module_has_a_name_that_says_something() -> None:
     assert not [path for path in CODE if path.stem in NAMELESS]
+
+
+@pytest.mark.parametrize("path", TESTS, ids=identify)
+def test_tests_that_commit_say_why(path: Path) -> None:
+    """In the docstring of their file: what is real, and what for."""
+    nodes = list(ast.walk(tree(path)))
+    named = {n.arg for n in nodes if isinstance(n, ast.arg)}
+    used = {n.value for n in nodes if isinstance(n, ast.Constant) and path != Path(__file__)}
+    words = re.findall(r"\w+", ast.get_docstring(tree(path)) or "")
+    assert not COMMITTING & (named | used) or "real" in words

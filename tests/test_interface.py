@@ -1,4 +1,7 @@
-"""Databases and their interfaces: aliases, DSNs, pool options, secrets, loops that come and go."""
+"""Databases and their interfaces: aliases, DSNs, pool options, secrets, loops that come and go.
+
+Its pools are the point, so they are real.
+"""
 
 from __future__ import annotations
 

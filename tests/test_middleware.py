@@ -1,4 +1,8 @@
-"""The middleware: one session per request, ended before the response leaves, whatever happens."""
+"""The middleware: one session per request, ended before the response leaves, whatever happens.
+
+With real commits where the moment of the commit, requests at the same time, or clients that leave
+are the point.
+"""
 
 from __future__ import annotations
 

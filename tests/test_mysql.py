@@ -1,4 +1,7 @@
-"""MySQL and MariaDB: what asyncmy's connections must keep behind Django's backend."""
+"""MySQL and MariaDB: what asyncmy's connections must keep behind Django's backend.
+
+On real connections, which are the point.
+"""
 
 from __future__ import annotations
 

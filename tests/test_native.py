@@ -1,4 +1,7 @@
-"""Native mode: Django's own async methods in the current session, and as ever without one."""
+"""Native mode: Django's own async methods in the current session, and as ever without one.
+
+With real commits where callbacks of the commit, other connections, or the pool are the point.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Native mode for sync views and Django's own middleware: no thread, and the same results."""
+"""Native mode for sync views and Django's own middleware: no thread, and the same results.
+
+With a real pool where the point is that nothing is taken from it.
+"""
 
 from __future__ import annotations
 

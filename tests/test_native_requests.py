@@ -1,5 +1,8 @@
 """Native mode in requests: the middleware's session serves Django's own async methods, and ends
-with those of other aliases."""
+with those of other aliases.
+
+With real commits where their order, or what the pool keeps, is the point.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""PostgreSQL: what a connection carries on, cancellation, lost servers, engines and options."""
+"""PostgreSQL: what a connection carries on, cancellation, lost servers, engines and options.
+
+On real connections, which are the point.
+"""
 
 from __future__ import annotations
 

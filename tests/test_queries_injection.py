@@ -1,6 +1,6 @@
 """Parameters travel as parameters: no text in any place of a value changes what a query is.
 
-On connections of the pools: the driver that quotes must be the one that sessions have in
+On real connections of the pools: the driver that quotes must be the one that sessions have in
 production, which on MySQL the connection of a test does not have.
 """
 

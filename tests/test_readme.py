@@ -1,4 +1,7 @@
-"""Every Python block of the README runs, on a real PostgreSQL."""
+"""Every Python block of the README runs, on a real PostgreSQL.
+
+As in a project: with real commits, and sessions at the same time.
+"""
 
 from __future__ import annotations
 

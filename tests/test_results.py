@@ -1,4 +1,7 @@
-"""Rows and result sets: values by name and position, fetched as asked, buffered or not."""
+"""Rows and result sets: values by name and position, fetched as asked, buffered or not.
+
+On a real pool where the point is what goes back to it.
+"""
 
 from __future__ import annotations
 

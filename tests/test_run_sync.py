@@ -1,4 +1,7 @@
-"""Sync code in a session: all of Django, natively async, on its connection, in its transaction."""
+"""Sync code in a session: all of Django, natively async, on its connection, in its transaction.
+
+With real commits where the end of sync code in autocommit mode, or the pool, is the point.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Session: states and errors, SQL, streams, rows and callbacks, on every database."""
+"""Session: states and errors, SQL, streams, rows and callbacks, on every database.
+
+On real connections of the pools where the test is about a commit and its callbacks, about what goes
+back to the pool, or about what the driver makes of SQL and streams.
+"""
 
 from __future__ import annotations
 
@@ -108,23 +112,22 @@ async def test_after_close_every_call_says_where_the_session_was_made(name: str)
         await session.__aenter__()
 
 
-async def test_closing_twice_or_before_begin_does_nothing(real_database: DatabaseInterface) -> None:
-    session = real_database.get_session()
+async def test_closing_twice_or_before_begin_does_nothing(database: DatabaseInterface) -> None:
+    session = database.get_session()
     await session.close()
     await session.close()
     assert session.closed and session.state is State.CLOSED
-    other = await real_database.get_session().begin()
+    other = await database.get_session().begin()
     await other.execute(INSERT, ["a"])
     await other.close()
     await other.close()
-    assert await names(real_database) == []
-    await whole(real_database)
+    assert await names(database) == []
 
 
 async def test_beginning_twice_is_an_error_that_names_nesting(
-    real_database: DatabaseInterface,
+    database: DatabaseInterface,
 ) -> None:
-    session = await real_database.get_session().begin()
+    session = await database.get_session().begin()
     for begin in (session.begin, session.start):
         with pytest.raises(SessionStateError, match="already; nest with `async with session"):
             await begin()
@@ -134,22 +137,22 @@ async def test_beginning_twice_is_an_error_that_names_nesting(
     with pytest.raises(SessionClosedError):
         async with session:
             pass
-    plain = await real_database.get_session(autocommit=True).begin()
+    plain = await database.get_session(autocommit=True).begin()
     with pytest.raises(SessionStateError, match="has begun already; use `async with"):
         await plain.begin()
     await plain.close()
 
 
-async def test_begin_and_start_return_the_session(real_database: DatabaseInterface) -> None:
-    session = real_database.get_session()
+async def test_begin_and_start_return_the_session(database: DatabaseInterface) -> None:
+    session = database.get_session()
     assert await session.start() is session
     assert session.in_transaction
     await session.close()
 
 
-async def test_the_repr_shows_the_state_and_no_secret(real_database: DatabaseInterface) -> None:
-    session = real_database.get_session()
-    alias = repr(real_database.alias)
+async def test_the_repr_shows_the_state_and_no_secret(database: DatabaseInterface) -> None:
+    session = database.get_session()
+    alias = repr(database.alias)
     assert repr(session) == f"<Session {alias} not begun>"
     async with session:
         assert repr(session) == f"<Session {alias} in transaction>"
@@ -161,10 +164,7 @@ async def test_the_repr_shows_the_state_and_no_secret(real_database: DatabaseInt
         await session.commit()
         assert repr(session) == f"<Session {alias} open>"
     assert repr(session) == f"<Session {alias} closed>"
-    assert (
-        repr(real_database.get_session(autocommit=True))
-        == f"<Session {alias} not begun, autocommit>"
-    )
+    assert repr(database.get_session(autocommit=True)) == f"<Session {alias} not begun, autocommit>"
 
 
 @pytest.mark.parametrize(
@@ -201,30 +201,30 @@ async def test_nothing_is_taken_from_the_pool_before_the_first_statement(
 
 
 async def test_begin_on_use_begins_with_the_first_statement(
-    real_database: DatabaseInterface,
+    database: DatabaseInterface,
 ) -> None:
-    session = real_database.get_session(begin_on_use=True)
+    session = database.get_session(begin_on_use=True)
     assert not session.in_transaction
     await session.execute(INSERT, ["a"])
     assert session.in_transaction
     await session.commit()
     await session.close()
-    assert await names(real_database) == ["a"]
+    assert await names(database) == ["a"]
 
 
 async def test_a_custom_subclass_and_its_info_are_the_users_own(
-    real_database: DatabaseInterface,
+    database: DatabaseInterface,
 ) -> None:
     class Shop(Session):
         async def users(self) -> int:
             return int(await self.fetch_value(COUNT))
 
-    async with Shop(bind=real_database, read_only=None) as session:
+    async with Shop(bind=database, read_only=None) as session:
         session.info["request"] = 7
         assert await session.users() == 0
         assert repr(session).startswith("<Shop ")
     assert session.info == {"request": 7}
-    assert real_database.get_session().info == {}
+    assert database.get_session().info == {}
 
 
 # Begin, commit, rollback
@@ -282,13 +282,13 @@ async def test_after_commit_the_next_statement_begins_a_new_transaction(
     assert await names(real_database) == ["a", "c"]
 
 
-async def test_a_reset_session_can_begin_again(real_database: DatabaseInterface) -> None:
-    session = await real_database.get_session().begin()
+async def test_a_reset_session_can_begin_again(database: DatabaseInterface) -> None:
+    session = await database.get_session().begin()
     await session.execute(INSERT, ["a"])
     assert (await session.reset()).state is State.NEW
     async with session:
         await session.execute(INSERT, ["b"])
-    assert await names(real_database) == ["b"]
+    assert await names(database) == ["b"]
     assert (await session.reset()).state is State.NEW
 
 
@@ -411,8 +411,8 @@ async def test_a_wrong_statement_raises_what_djangos_cursor_raises(
     await whole(real_database)
 
 
-async def test_sql_of_a_wrong_type_is_refused(real_database: DatabaseInterface) -> None:
-    async with real_database.get_session() as session:
+async def test_sql_of_a_wrong_type_is_refused(database: DatabaseInterface) -> None:
+    async with database.get_session() as session:
         for wrong in (b"SELECT 1", 1, None):
             with pytest.raises(TypeError, match="SQL must be a string"):
                 await session.execute(wrong)
@@ -562,9 +562,9 @@ async def test_a_stream_needs_little_memory(numbers: DatabaseInterface) -> None:
 
 
 async def test_add_inserts_a_new_row_and_updates_a_loaded_one(
-    real_database: DatabaseInterface,
+    database: DatabaseInterface,
 ) -> None:
-    async with real_database.get_session() as session:
+    async with database.get_session() as session:
         user = User(name="heck")
         assert await session.add(user) is user
         assert user.pk
@@ -573,12 +573,12 @@ async def test_add_inserts_a_new_row_and_updates_a_loaded_one(
         (loaded,) = await session.add_all([await session.get_one(User, user.pk)])
         assert loaded.level == 7
         assert await session.fetch_value(COUNT) == 1
-        assert user._state.db == real_database.alias
-    assert await names(real_database) == ["heck"]
+        assert user._state.db == database.alias
+    assert await names(database) == ["heck"]
 
 
-async def test_add_all_is_all_or_none(real_database: DatabaseInterface) -> None:
-    session = await real_database.get_session(autocommit=True).begin()
+async def test_add_all_is_all_or_none(database: DatabaseInterface) -> None:
+    session = await database.get_session(autocommit=True).begin()
     with pytest.raises(IntegrityError):
         async with session.atomic():
             await session.add_all([Author(name="a"), Author(name="a")])
@@ -586,8 +586,8 @@ async def test_add_all_is_all_or_none(real_database: DatabaseInterface) -> None:
     await session.close()
 
 
-async def test_get_and_get_one(real_database: DatabaseInterface) -> None:
-    async with real_database.get_session() as session:
+async def test_get_and_get_one(database: DatabaseInterface) -> None:
+    async with database.get_session() as session:
         user = await session.add(User(name="heck"))
         assert (await session.get_one(User, user.pk)).name == "heck"
         assert await session.get(User, user.pk) == user
@@ -597,8 +597,8 @@ async def test_get_and_get_one(real_database: DatabaseInterface) -> None:
         assert await session.fetch_value(COUNT) == 1
 
 
-async def test_remove_follows_on_delete(real_database: DatabaseInterface) -> None:
-    async with real_database.get_session() as session:
+async def test_remove_follows_on_delete(database: DatabaseInterface) -> None:
+    async with database.get_session() as session:
         author, editor = await session.add_all([Author(name="a"), Author(name="b")])
         book = await session.add(Book(title="t", author=author, editor=editor))
         await session.remove(editor)
@@ -611,9 +611,9 @@ async def test_remove_follows_on_delete(real_database: DatabaseInterface) -> Non
 
 
 async def test_refresh_reads_again_and_says_when_the_row_is_gone(
-    real_database: DatabaseInterface,
+    database: DatabaseInterface,
 ) -> None:
-    async with real_database.get_session() as session:
+    async with database.get_session() as session:
         user = await session.add(User(name="heck"))
         await session.execute("UPDATE tests_user SET name = 'new', level = 9")
         assert (await session.refresh(user, fields=["name"])).name == "new"
@@ -638,18 +638,18 @@ async def test_truncate_empties_the_table_and_starts_its_keys_anew(
 
 
 async def test_truncate_says_when_other_tables_refer_to_it(
-    real_database: DatabaseInterface,
+    database: DatabaseInterface,
 ) -> None:
-    if real_database.vendor != "postgresql":
+    if database.vendor != "postgresql":
         pytest.skip("only PostgreSQL refuses")
-    session = await real_database.get_session().begin()
+    session = await database.get_session().begin()
     with pytest.raises(DatabaseError, match="foreign key"):
         await session.truncate(Author)
     await session.close()
 
 
-async def test_rows_stay_readable_after_the_session(real_database: DatabaseInterface) -> None:
-    async with real_database.get_session() as session:
+async def test_rows_stay_readable_after_the_session(database: DatabaseInterface) -> None:
+    async with database.get_session() as session:
         user = await session.add(User(name="heck"))
         tag = await session.add(Tag(name="t", owner=user))
         (row,) = await session.fetch_all("SELECT name FROM tests_tag")

@@ -1,4 +1,7 @@
-"""SQLite: one thread per connection, waits that can be cancelled, and nothing left behind."""
+"""SQLite: one thread per connection, waits that can be cancelled, and nothing left behind.
+
+On real connections, which are the point.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What is refused of SQL text and names before anything is sent."""
+"""What is refused of SQL text and names before anything is sent.
+
+On a real pool where the point is that nothing is taken from it.
+"""
 
 from __future__ import annotations
 

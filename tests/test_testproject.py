@@ -1,4 +1,7 @@
-"""The shop: each view on every database through Django's client, and all of it under uvicorn."""
+"""The shop: each view on every database through Django's client, and all of it under uvicorn.
+
+With real commits for other processes, requests at the same time, and a long export.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,8 @@
 """A driver without an async mode works in a thread of each connection: shown with Django's plain
-PostgreSQL backend, whose driver blocks."""
+PostgreSQL backend, whose driver blocks.
+
+On real connections, which are the point.
+"""
 
 from __future__ import annotations
 

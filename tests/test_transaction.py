@@ -1,4 +1,7 @@
-"""Transaction: begin and end, savepoints by name, options, callbacks, and what is never saved."""
+"""Transaction: begin and end, savepoints by name, options, callbacks, and what is never saved.
+
+On real connections of the pools.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Tasks that share a session: they queue, first come first served, and never freeze the loop."""
+"""Tasks that share a session: they queue, first come first served, and never freeze the loop.
+
+On real connections of the pools: how often one is taken, and what is committed, are the point.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Values come back from a session as they do from Django's sync ORM, on every database."""
+"""Values come back from a session as they do from Django's sync ORM, on every database.
+
+With real commits: what the pools' driver wrote, Django's own connection reads, and the other way
+round.
+"""
 
 from __future__ import annotations
 
