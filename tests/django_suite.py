@@ -1,8 +1,11 @@
-"""Runs Django's own tests of async code inside sessions: `python tests/django_suite.py [FOLDER]`.
+"""Runs Django's own tests of async code inside sessions: `python tests/django_suite.py VENDOR
+[LABEL ...]`.
 
-FOLDER is an unpacked source distribution of the Django that is installed; without it, it is
-downloaded from the package index. Each async test gets a session in autocommit mode that is
-current in it; what a `TestCase` prepares is committed, so that sessions see it.
+VENDOR is postgresql, mysql or sqlite3; the labels are Django's test modules, by default those
+below. DJANGO_SOURCE names an unpacked source distribution of the Django that is installed; without
+it, it is downloaded from the package index. Each async test gets a session
+that is current in it: in the transaction of Django's `TestCase`, which sessions share, and in a
+`TransactionTestCase` one with a transaction of its own.
 """
 
 from __future__ import annotations
@@ -48,38 +51,26 @@ MODULES = (
 )
 
 
-class CommittingTestCase(TransactionTestCase):
-    """Stands in for Django's TestCase, whose transaction no other connection can see."""
+class SharingTestCase(django.test.TestCase):
+    """Stands in for Django's TestCase: sessions work in its transaction, as with the toolkit."""
 
-    available_apps = None
-    captureOnCommitCallbacks = django.test.TestCase.captureOnCommitCallbacks
+    _sharing: Any
 
     @classmethod
-    def setUpTestData(cls) -> None:
-        """What a subclass prepares; done anew for each test."""
+    def setUpClass(cls) -> None:
+        """Share the connections, and then begin as Django does."""
+        from django_asyncsession.sharing import Sharing
 
-    def _prepare(self: Any) -> None:
-        super()._fixture_setup()
-        self.setUpTestData()
-
-    # Of the class from Django 6.1 on.
-    if isinstance(vars(TransactionTestCase)["_fixture_setup"], classmethod):
-        _fixture_setup = classmethod(_prepare)
-    else:
-        _fixture_setup = _prepare
+        cls._sharing = Sharing()
+        cls._sharing.begin()
+        cls.addClassCleanup(cls._sharing.end)
+        super().setUpClass()
 
     def _fixture_teardown(self) -> None:
-        """As Django's, cascading: tests swap the user's table for others that refer to it."""
-        for alias in self._databases_names(include_mirrors=False):
-            call_command(
-                "flush",
-                verbosity=0,
-                interactive=False,
-                database=alias,
-                reset_sequences=False,
-                allow_cascade=True,
-                inhibit_post_migrate=False,
-            )
+        try:
+            self._sharing.settle()
+        finally:
+            super()._fixture_teardown()  # type: ignore[misc]
 
 
 def in_session(test: Callable[..., Any], count: Callable[[], None]) -> Callable[..., Any]:
@@ -90,7 +81,7 @@ def in_session(test: Callable[..., Any], count: Callable[[], None]) -> Callable[
         from django_asyncsession import databases, native
 
         count()
-        session = databases["default"].get_session(autocommit=True, begin_on_use=True)
+        session = databases["default"].get_session(begin_on_use=True)
         try:
             with native.use(session):
                 await test()
@@ -159,10 +150,12 @@ def download() -> Path:
     return archive.with_name(archive.name.removesuffix(".tar.gz"))
 
 
-def main(folder: str | None = None, *labels: str) -> None:
+def main(vendor: str, *labels: str) -> None:
     """Run Django's test runner on the modules, or on those with these labels."""
-    tests = (Path(folder).resolve() if folder else download()) / "tests"
-    django.test.TestCase = django.test.testcases.TestCase = CommittingTestCase  # type: ignore[misc,assignment]
+    source = os.environ.get("DJANGO_SOURCE")
+    tests = (Path(source).resolve() if source else download()) / "tests"
+    os.environ["SUITE_VENDOR"] = vendor
+    django.test.TestCase = django.test.testcases.TestCase = SharingTestCase  # type: ignore[misc,assignment]
     SimpleTestCase._setup_and_call = setup_and_call  # type: ignore[attr-defined]
     os.chdir(tests)
     sys.path.insert(0, str(tests))
