@@ -3,9 +3,9 @@
 
 VENDOR is postgresql, mysql or sqlite3; the labels are Django's test modules, by default those
 below. DJANGO_SOURCE names an unpacked source distribution of the Django that is installed; without
-it, it is downloaded from the package index. Each async test gets a session
-that is current in it: in the transaction of Django's `TestCase`, which sessions share, and in a
-`TransactionTestCase` one with a transaction of its own.
+it, it is downloaded from the package index. Each async test gets a session that is current in it:
+in the transaction of Django's `TestCase`, which sessions share, and in a `TransactionTestCase` one
+with a transaction of its own.
 """
 
 from __future__ import annotations
@@ -27,8 +27,7 @@ from typing import Any
 import django
 import django.test
 import django.test.testcases
-from django.core.management import call_command
-from django.test import SimpleTestCase, TransactionTestCase
+from django.test import SimpleTestCase
 from django.test.runner import DiscoverRunner
 from django.test.utils import iter_test_cases
 
