@@ -137,7 +137,8 @@ class _AsyncMethods(_TestCase):
 
     def _await(self, coroutine: Coroutine[Any, Any, None]) -> None:
         if self._runner is None:
-            self._runner = asyncio.Runner(loop_factory=self.loop_factory)
+            # Not of self, which would make a method of it.
+            self._runner = asyncio.Runner(loop_factory=type(self).loop_factory)
         self._runner.run(coroutine, context=self._context)
 
     def _post_teardown(self) -> None:

@@ -103,6 +103,17 @@ class EveryMethod(AsyncSessionTestCase):
         self.assertEqual(await self.session.fetch_value(COUNT), 2)
 
 
+def test_the_loop_is_made_by_the_factory(alias: str) -> None:
+    made: list[asyncio.AbstractEventLoop] = []
+
+    def factory() -> asyncio.AbstractEventLoop:
+        made.append(asyncio.new_event_loop())
+        return made[-1]
+
+    check(run(EveryMethod, alias=alias, loop_factory=factory))
+    assert made
+
+
 def test_every_method_may_be_async(alias: str) -> None:
     check(run(EveryMethod, alias=alias))
     assert sorted(ran) == ["async", "sync"]
