@@ -15,11 +15,14 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .columns import Column as Column
     from .columns import Condition as Condition
+    from .consumers import SessionConsumer as SessionConsumer
+    from .decorators import background_session as background_session
     from .decorators import inject_session as inject_session
     from .exceptions import *  # noqa: F403
     from .executor import State as State
     from .interface import DatabaseInterface as DatabaseInterface
     from .interface import databases as databases
+    from .management.base import AsyncCommand as AsyncCommand
     from .queries import DeleteQuery as DeleteQuery
     from .queries import InsertQuery as InsertQuery
     from .queries import SelectQuery as SelectQuery
@@ -38,7 +41,9 @@ if TYPE_CHECKING:
     from .writes import excluded as excluded
 
 _MODULES = {
-    "decorators": ("inject_session",),
+    "decorators": ("background_session", "inject_session"),
+    "consumers": ("SessionConsumer",),
+    "management.base": ("AsyncCommand",),
     "interface": ("DatabaseInterface", "databases"),
     "session": ("Session",),
     "executor": ("State",),

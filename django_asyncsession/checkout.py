@@ -4,6 +4,7 @@ closed."""
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 import sys
 from collections.abc import Callable
@@ -20,6 +21,12 @@ from .pool import Lease
 logger = logging.getLogger("django_asyncsession")
 
 T = TypeVar("T")
+
+# The leases of connections that sessions share, as they do in a test, which were taken in this
+# context or in one that it descends from: what is begun here nests in them.
+taken: contextvars.ContextVar[tuple[Lease[BridgedMixin], ...]] = contextvars.ContextVar(
+    "taken", default=()
+)
 
 # Seconds that a rollback, or the reset of a connection, may take before the connection is closed
 # instead.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import logging
 from collections.abc import Callable
@@ -106,7 +107,7 @@ async def _call_all(hooks: Any) -> None:
     for func in hooks:
         try:
             result = func()
-            if inspect.isawaitable(result):
+            if is_waited_for(result):
                 await result
         except Exception:
             logger.exception("error in the on_rollback callback %s", _name(func))
@@ -131,16 +132,22 @@ def call_now(func: Hook, robust: bool) -> Any:
 
 
 def awaiting(func: Hook) -> Hook:
-    """A sync function, for the bridge, that calls `func` and awaits what it returns if that can be
-    awaited."""
+    """A sync function, for the bridge, that calls `func` and awaits what it returns if that waits
+    to be awaited."""
 
     def call() -> Any:
         result = func()
-        return bridge.await_(result) if inspect.isawaitable(result) else result
+        return bridge.await_(result) if is_waited_for(result) else result
 
     call.__qualname__ = _name(func)
     call.func = func  # type: ignore[attr-defined]
     return call
+
+
+def is_waited_for(result: Any) -> bool:
+    """Whether to await what a callback returned: a coroutine, but not a task, which the callback
+    started to let it run by itself."""
+    return inspect.isawaitable(result) and not asyncio.isfuture(result)
 
 
 def check_callable(func: Any, what: str) -> None:

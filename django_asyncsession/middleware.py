@@ -16,8 +16,7 @@ from django.http import HttpRequest
 from django.http.response import HttpResponseBase
 
 from .conf import settings
-from .interface import databases
-from .scope import RefusedSession, RequestScope
+from .scope import RefusedSession, RequestScope, new_session
 
 SYNC_VIEW = (
     "the request's async session is used in a sync view; make the view `async def`, "
@@ -53,9 +52,7 @@ class AsyncSessionMiddleware:
         if isinstance(request, WSGIRequest):
             setattr(request, settings.REQUEST_ATTRIBUTE, RefusedSession(WSGI))
             return await self.get_response(request)
-        session = databases[settings.ALIAS].get_session(
-            begin_on_use=True, autocommit=not settings.ATOMIC_REQUESTS
-        )
+        session = new_session(None, {"autocommit": not settings.ATOMIC_REQUESTS})
         setattr(request, settings.REQUEST_ATTRIBUTE, session)
         async with RequestScope(session) as scope:
             setattr(request, _SCOPE, scope)

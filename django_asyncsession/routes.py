@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import django
@@ -32,18 +33,21 @@ class Route:
         applies: for modules where this depends on what is called.
         outside: for what also has no thread where there is no current session: each statement
             commits by itself there.
+        app: the app that a module belongs to, if it can be imported only when that is installed.
     """
 
     module: str
     why: str
     applies: Callable[[Any], bool] = lambda fn: True
     outside: Callable[[Any], bool] = lambda fn: False
+    app: str = ""
 
     @property
     def is_wanted(self) -> bool:
-        """Whether the module can be imported: those of an app only when it is installed."""
+        """Whether the module can be imported."""
         package = self.module.split(".")
-        return package[1] != "contrib" or apps.is_installed(".".join(package[:3]))
+        app = ".".join(package[:3]) if package[:2] == ["django", "contrib"] else self.app
+        return find_spec(package[0]) is not None and (not app or apps.is_installed(app))
 
 
 def is_verified() -> bool:
@@ -192,6 +196,10 @@ ROUTES = (
         "thread",
         applies=_ends_response,
         outside=_ends_response,
+    ),
+    Route(
+        "channels.db",
+        "before each message, closes old connections of Django's own, of which a session has none",
     ),
 )
 

@@ -1,5 +1,5 @@
-"""A session for as long as a request lasts, its streaming body included; middleware and decorator
-enter it."""
+"""A session for as long as a request or another unit of work lasts, the streaming body included;
+middleware, decorators, consumers and commands enter it."""
 
 from __future__ import annotations
 
@@ -7,19 +7,49 @@ import asyncio
 import contextvars
 import logging
 import weakref
-from collections.abc import AsyncIterator, Coroutine, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from types import TracebackType
 from typing import Any, Self
 
+from asgiref.sync import SyncToAsync, ThreadSensitiveContext
+
 from .conf import settings
 from .exceptions import SyncContextError
+from .interface import databases
 from .session import Session
 from .sessionset import SessionSet
 
 logger = logging.getLogger("django_asyncsession")
 
 _ending: set[asyncio.Task[None]] = set()
+
+
+def new_session(alias: str | None, options: Mapping[str, Any]) -> Session:
+    """A session that begins with its first statement; the alias None is that of the middleware.
+
+    Raises:
+        UnknownAlias: DATABASES has no such alias.
+        ConfigurationError: an option that cannot be.
+    """
+    return databases[alias or settings.ALIAS].get_session(begin_on_use=True, **options)
+
+
+@contextmanager
+def own_thread() -> Iterator[None]:
+    """A thread for `sync_to_async` in the block, if it is used there; not that of the request,
+    which ends with it, nor one that waits for the block itself."""
+    # Entering it would do nothing inside of another.
+    own = ThreadSensitiveContext()
+    token = SyncToAsync.thread_sensitive_context.set(own)
+    try:
+        yield
+    finally:
+        if (executor := SyncToAsync.context_to_thread_executor.pop(own, None)) is not None:
+            executor.shutdown(wait=False)
+        with suppress(ValueError):
+            # A coroutine that is collected is closed in another context, where nothing was set.
+            SyncToAsync.thread_sensitive_context.reset(token)
 
 
 class RequestScope:

@@ -19,6 +19,7 @@ from greenlet import getcurrent, greenlet
 
 from . import bridge
 from .backends.base import BridgedMixin
+from .checkout import taken
 from .conf import settings
 from .exceptions import SessionClosedError, SessionInUseError
 from .interface import databases
@@ -450,6 +451,23 @@ def current() -> SessionSet | None:
     without."""
     sessions = _current.get()
     return sessions if sessions is not None and sessions.is_usable else None
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Without the sessions that this context has from the one it was copied from: for work that
+    has nothing to do with what started it, and outlives it."""
+    inherited: list[tuple[contextvars.ContextVar[Any], Any]] = [
+        (variable, variable.get()) for variable in (_current, _enclosing, taken)
+    ]
+    _current.set(None)
+    _enclosing.set(None)
+    taken.set(())
+    try:
+        yield
+    finally:
+        for variable, value in inherited:
+            variable.set(value)
 
 
 def current_call() -> Call | None:

@@ -7,7 +7,6 @@ a savepoint of that transaction. It blocks outside the bridge and awaits inside,
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import threading
 import time
 import warnings
@@ -23,6 +22,7 @@ from django.db.transaction import TransactionManagementError
 from . import bridge
 from .backends.base import BridgedMixin, TransactionState, call_served, make_wrapper
 from .backends.shared import END_SECONDS, TURN_SECONDS, Exclusive, SharedMixin, over, shared_class
+from .checkout import taken
 from .exceptions import (
     ConfigurationError,
     PoolTimeout,
@@ -31,11 +31,6 @@ from .exceptions import (
 )
 from .interface import IDENTITY, DatabaseInterface, databases
 from .pool import Lease, creation_site, task_name
-
-# The shared leases that were taken in this context or one it descends from.
-_taken: contextvars.ContextVar[tuple[SharedLease, ...]] = contextvars.ContextVar(
-    "taken", default=()
-)
 
 
 class SharedLease(Lease[BridgedMixin]):
@@ -142,7 +137,7 @@ class SharedSource:
         lease = SharedLease(self, lends=lends)
         self._open.append(lease)
         self.wrapper.current = lease
-        _taken.set((*(other for other in _taken.get() if not other.released), lease))
+        taken.set((*(other for other in taken.get() if not other.released), lease))
         return lease
 
     @property
@@ -167,7 +162,7 @@ class SharedSource:
         if not self._open:
             return True
         top = self._open[-1]
-        return top.lends or top in _taken.get() or top.owner is asyncio.current_task()
+        return top.lends or top in taken.get() or top.owner is asyncio.current_task()
 
     async def turn(self, lease: SharedLease) -> None:
         """Wait until the sessions that are nested in this one have ended.

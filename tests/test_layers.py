@@ -34,6 +34,7 @@ LAYERS = [
         "scope",
         "middleware",
         "decorators",
+        "consumers",
         "checks",
         "apps",
         "testing",

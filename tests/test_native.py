@@ -40,7 +40,7 @@ from django.db.models import query
 from django.db.models.signals import post_save
 from django.db.transaction import on_commit as imported_on_commit
 from django.http import Http404
-from django.shortcuts import aget_object_or_404
+from django.shortcuts import aget_list_or_404, aget_object_or_404
 from django.test import override_settings
 
 from django_asyncsession import (
@@ -187,6 +187,9 @@ async def test_shortcuts_and_pages_are_in_the_session(
         assert await aget_object_or_404(users, name="Ada") == ada
         with pytest.raises(Http404):
             await aget_object_or_404(users, name="Bob")
+        assert await aget_list_or_404(users, name="Ada") == [ada]
+        with pytest.raises(Http404):
+            await aget_list_or_404(users, name="Bob")
         if django.VERSION >= (6, 0):
             from django.core.paginator import AsyncPaginator
 

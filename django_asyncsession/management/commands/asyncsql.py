@@ -11,7 +11,6 @@ import hashlib
 import logging
 import os
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from django_asyncsession.interface import databases
 from django_asyncsession.management import statements
 from django_asyncsession.management.formats import make_format
 from django_asyncsession.management.job import Job, describe, make_job, one_line
+from django_asyncsession.management.loop import run
 from django_asyncsession.results import BaseResultSet
 from django_asyncsession.session import Session
 
@@ -32,7 +32,6 @@ logger = logging.getLogger("django_asyncsession.asyncsql")
 
 ROWS_PER_CHUNK: Final = 500
 PROGRESS_SECONDS: Final = 0.5
-CANCELLED: Final = 128 + signal.SIGINT
 # What a database, a driver or our own session says to SQL and parameters that do not work.
 _REFUSALS: Final = (Error, AsyncSessionError, LookupError, TypeError, ValueError, OSError)
 
@@ -90,7 +89,7 @@ class Command(BaseCommand):
         if job.write and not options["yes"]:
             self._confirm(job)
         with audited(job) as progress, self._refusals_in_one_line(job):
-            asyncio.run(Run(job, self, progress).run())
+            run(self, Run(job, self, progress).run)
         what = "committed" if job.write else "rolled back"
         self._say(f"{rows(progress.rows)} in {progress.seconds:.2f} s, {what}")
 
@@ -104,8 +103,6 @@ class Command(BaseCommand):
     def _refusals_in_one_line(self, job: Job) -> Iterator[None]:
         try:
             yield
-        except (KeyboardInterrupt, asyncio.CancelledError) as exc:
-            raise CommandError("cancelled", returncode=CANCELLED) from exc
         except BrokenPipeError:
             _leave_quietly()
         except _REFUSALS as exc:
@@ -183,7 +180,6 @@ class Run:
 
     async def run(self) -> None:
         """Run every statement; then commit or roll back."""
-        self._end_on_sigterm()
         db = databases[self._job.alias]
         shown = asyncio.create_task(self._show_progress())
         try:
@@ -194,14 +190,6 @@ class Run:
         finally:
             shown.cancel()
             self._clear_progress()
-            await db.close()
-
-    def _end_on_sigterm(self) -> None:
-        # As asyncio.run does with SIGINT: the statement is cancelled on the server, then we end.
-        task = asyncio.current_task()
-        assert task is not None
-        with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):
-            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
 
     async def _run_all(self, session: Session) -> None:
         if self._job.role:

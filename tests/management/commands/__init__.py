@@ -1,0 +1,1 @@
+"""Commands that tests start as processes."""
