@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .interface import DatabaseInterface as DatabaseInterface
     from .interface import databases as databases
     from .management.base import AsyncCommand as AsyncCommand
+    from .middleware import rollback_request as rollback_request
     from .queries import DeleteQuery as DeleteQuery
     from .queries import InsertQuery as InsertQuery
     from .queries import SelectQuery as SelectQuery
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "decorators": ("background_session", "inject_session"),
+    "middleware": ("rollback_request",),
     "consumers": ("SessionConsumer",),
     "management.base": ("AsyncCommand",),
     "interface": ("DatabaseInterface", "databases"),

@@ -57,15 +57,24 @@ class AsyncSessionMiddleware:
         async with RequestScope(session) as scope:
             setattr(request, _SCOPE, scope)
             response = await self.get_response(request)
+            if getattr(response, "exception", False):
+                # What Django REST framework makes of an exception; under Django's own
+                # ATOMIC_REQUESTS it rolls back as well.
+                scope.fail()
             scope.keep_for(response)
         return response
 
     def process_exception(self, request: HttpRequest, exception: Exception) -> None:
         """Note what was raised, by the rendering of a template response for example."""
-        _fail(request)
+        rollback_request(request)
 
 
-def _fail(request: HttpRequest | None) -> None:
+def rollback_request(request: Any) -> None:
+    """Have the sessions of a request rolled back at its end, although it is answered.
+
+    For code that answers an exception itself, where nobody after it sees that something was
+    raised: the exception handlers of an API framework. Without the middleware it does nothing.
+    """
     if (scope := getattr(request, _SCOPE, None)) is not None:
         scope.fail()
 
@@ -73,7 +82,7 @@ def _fail(request: HttpRequest | None) -> None:
 def _on_request_exception(request: HttpRequest | None = None, **kwargs: Any) -> None:
     """What nobody caught and Django answers with status 500, raised by another middleware for
     example."""
-    _fail(request)
+    rollback_request(request)
 
 
 got_request_exception.connect(_on_request_exception, dispatch_uid="django_asyncsession")
@@ -114,7 +123,7 @@ def _watched(view: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return await view(request, *args, **kwargs)
         except BaseException:
-            _fail(request)
+            rollback_request(request)
             raise
 
     return watched
@@ -128,7 +137,7 @@ def _refusing(view: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return view(request, *args, **kwargs)
         except BaseException:
-            _fail(request)
+            rollback_request(request)
             raise
 
     return refusing

@@ -127,6 +127,11 @@ def _ends_response(fn: Any) -> bool:
     )
 
 
+def _is_wanted_without_thread(fn: Any) -> bool:
+    """What is the project's own code, as a sync view is."""
+    return bool(settings.NATIVE_MIDDLEWARE)
+
+
 def _is_signal_of_request(fn: Any) -> bool:
     """The receivers of the signals at the begin and the end of a request."""
     if not settings.NATIVE_MIDDLEWARE:
@@ -200,6 +205,28 @@ ROUTES = (
     Route(
         "channels.db",
         "before each message, closes old connections of Django's own, of which a session has none",
+    ),
+    Route(
+        "adrf.views",
+        "with NATIVE_MIDDLEWARE, authentication, permissions, throttles and sync handlers; a view "
+        "where they wait for something else than the database opts out with @keep_thread",
+        applies=_is_wanted_without_thread,
+        app="rest_framework",
+    ),
+    Route(
+        "adrf.generics",
+        "permissions for an object, filters and pages: they ask the database",
+        app="rest_framework",
+    ),
+    Route(
+        "adrf.mixins",
+        "validates and serializes: what it asks the database must be asked in the transaction",
+        app="rest_framework",
+    ),
+    Route(
+        "adrf.serializers",
+        "reads attributes of rows, among them relations, which the transaction may have made",
+        app="rest_framework",
     ),
 )
 

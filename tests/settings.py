@@ -37,6 +37,7 @@ INSTALLED_APPS = [
     "django.contrib.postgres",
     "django.contrib.sessions",
     "django_asyncsession",
+    "rest_framework",
     "testproject.shop",
     "tests",
 ]
