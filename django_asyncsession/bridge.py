@@ -15,7 +15,7 @@ import inspect
 import logging
 import os
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Generator
 from typing import Any, ParamSpec, TypeVar, cast
 
 from greenlet import getcurrent, greenlet
@@ -120,6 +120,40 @@ def await_(awaitable: Awaitable[T]) -> T:
     box = [awaitable]
     del awaitable
     return cast(T, parent.switch(box))
+
+
+def await_here(awaitable: Awaitable[T]) -> T:
+    """As `await_`, but a coroutine runs in the bridge: sync code that it calls can wait as well.
+
+    Raises:
+        As `await_`.
+    """
+    if not inspect.iscoroutine(awaitable) or not in_bridge():
+        return await_(awaitable)
+    try:
+        step = awaitable.send(None)
+        while True:
+            try:
+                value = await_(_Step(step))
+            except BaseException as error:
+                step = awaitable.throw(error)
+            else:
+                step = awaitable.send(value)
+    except StopIteration as end:
+        return cast(T, end.value)
+    finally:
+        # A frame that an exception's traceback keeps must not keep what was awaited.
+        step = value = None
+
+
+class _Step(Awaitable[Any]):
+    """Hands what a coroutine waits for on to the event loop as it is."""
+
+    def __init__(self, step: Any) -> None:
+        self._step = step
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        return (yield self._step)
 
 
 def in_bridge() -> bool:

@@ -154,7 +154,7 @@ class SessionSet:
             self._check_no_deadlock(call.task, alias)
             self._wanted[call.task] = alias
             run = call.runners.get(alias) or self.session(alias).run_alone
-            return bridge.await_(run(self._enter, call, alias))
+            return _unpacked(bridge.await_(_outcome(run(self._enter, call, alias))))
         except BaseException as error:
             if alias in call.entered:
                 raise
@@ -474,6 +474,26 @@ def current_call() -> Call | None:
     """The call that this sync code is in, if its sessions serve it."""
     this = getcurrent()
     return this if isinstance(this, Call) else None
+
+
+async def _outcome(call: Awaitable[T]) -> tuple[T | None, Exception | None]:
+    """The result of a call, or its error: raised in the bridge, it would lose its traceback, and
+    with it the line of the user's that failed."""
+    try:
+        return await call, None
+    except Exception as error:
+        return None, error
+
+
+def _unpacked(outcome: tuple[T | None, Exception | None]) -> Any:
+    result, error = outcome
+    try:
+        if error is not None:
+            raise error
+        return result
+    finally:
+        # The error keeps this frame, which must not keep the error.
+        del outcome, error
 
 
 def is_enclosed() -> bool:

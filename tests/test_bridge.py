@@ -16,7 +16,7 @@ from typing import Any
 import greenlet
 import pytest
 
-from django_asyncsession.bridge import await_, get_running_loop, in_bridge, run
+from django_asyncsession.bridge import await_, await_here, get_running_loop, in_bridge, run
 from django_asyncsession.exceptions import BridgeError
 from tests.faults import LoopProbe, cancel_at, outcome_of, watchdog
 
@@ -490,3 +490,100 @@ async def test_nothing_warns_of_a_coroutine_never_awaited() -> None:
                 await_(asyncio.sleep(0))
             suspended(lambda: nap(10)).close()
         gc.collect()
+
+
+# Coroutines in the bridge
+
+
+async def test_a_coroutine_runs_in_the_bridge_where_its_sync_code_may_wait() -> None:
+    async def hook() -> list[Any]:
+        found: list[Any] = [in_bridge()]
+        nap()
+        await asyncio.sleep(0)
+        async with asyncio.timeout(5):
+            found.append(await asyncio.ensure_future(asyncio.sleep(0, "from a task")))
+        found.append(asyncio.current_task())
+        return found
+
+    assert await run(await_here, hook()) == [True, "from a task", asyncio.current_task()]
+
+
+async def test_errors_of_a_coroutine_in_the_bridge_pass_both_ways() -> None:
+    async def fails() -> None:
+        await asyncio.sleep(0)
+        raise ZeroDivisionError
+
+    async def hook() -> str:
+        with pytest.raises(ZeroDivisionError):
+            await asyncio.ensure_future(fails())
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        await run(await_here, hook())
+
+
+async def test_any_other_awaitable_is_awaited_as_ever() -> None:
+    future = asyncio.get_running_loop().create_future()
+    asyncio.get_running_loop().call_soon(future.set_result, 3)
+    assert await run(await_here, future) == 3
+
+
+async def test_a_coroutine_in_the_bridge_is_cancelled_with_its_task() -> None:
+    seen: list[str] = []
+
+    async def hook() -> None:
+        try:
+            await asyncio.sleep(30)
+        except asyncio.CancelledError:
+            await asyncio.sleep(0)
+            nap()
+            seen.append("cleaned up")
+            raise
+
+    task = asyncio.create_task(run(await_here, hook()))
+    await asyncio.sleep(0)
+    task.cancel()
+    assert isinstance(await outcome_of(task), asyncio.CancelledError)
+    assert seen == ["cleaned up"]
+
+
+async def test_closing_a_suspended_run_ends_its_coroutine() -> None:
+    seen: list[BaseException] = []
+
+    async def hook() -> None:
+        try:
+            await asyncio.get_running_loop().create_future()
+        except BaseException as error:
+            seen.append(error.with_traceback(None))
+            raise
+
+    suspended = run(await_here, hook())
+    suspended.send(None)
+    suspended.close()
+    assert [type(error) for error in seen] == [GeneratorExit]
+
+
+async def test_a_coroutine_outside_the_bridge_is_refused_and_closed() -> None:
+    with pytest.raises(BridgeError, match="outside"):
+        await_here(asyncio.sleep(0))
+
+
+async def test_a_coroutine_in_the_bridge_is_freed_without_the_garbage_collector(
+    no_gc: None,
+) -> None:
+    class Result:
+        pass
+
+    async def hook(fails: bool) -> Result:
+        result = Result()
+        refs.append(weakref.ref(result))
+        await asyncio.sleep(0)
+        if fails:
+            raise ValueError(result)
+        return result
+
+    refs: list[weakref.ref[Result]] = []
+    await run(await_here, hook(False))
+    with contextlib.suppress(ValueError):
+        await run(await_here, hook(True))
+    assert [ref() for ref in refs] == [None, None]

@@ -235,6 +235,17 @@ async def test_an_error_is_djangos_and_the_transaction_is_over(database: Databas
         assert await authors.acount() == 0
 
 
+async def test_an_errors_traceback_shows_where_it_was_raised(database: DatabaseInterface) -> None:
+    def saves_twice() -> None:
+        Author.objects.using(database.alias).create(name="Ada")
+        Author.objects.using(database.alias).create(name="Ada")
+
+    with pytest.raises(IntegrityError) as caught:
+        async with database.get_session() as session, native.use(session):
+            await session.run_sync(saves_twice)
+    assert "saves_twice" in [entry.name for entry in caught.traceback]
+
+
 async def test_a_nested_block_takes_an_error_back(database: DatabaseInterface) -> None:
     authors = Author.objects.using(database.alias)
     async with database.get_session() as session, native.use(session):
