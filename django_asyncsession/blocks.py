@@ -124,13 +124,14 @@ class Block:
             return
         wrapper = transaction._wrapper
         cause, failed = wrapper.rollback_exc, error is not None or wrapper.needs_rollback
+        wanted = self.rollback_wanted or wrapper.is_rollback_wanted
         if failed and self.sid is not None:
             await self._undo(error)
         else:
             # Without a savepoint, what was done is undone with the outer block, if at all.
             hooks.pass_on(self, outer)
             await transaction._serve(lambda: self._exit(error))
-        if failed and error is None and self._is_strict and not self.rollback_wanted:
+        if failed and error is None and self._is_strict and not wanted:
             raise TransactionManagementError(
                 f"an error in the nested block of {transaction.alias!r} was swallowed, so the "
                 "block is rolled back; let the error leave the block"

@@ -151,6 +151,7 @@ class Transaction(Executor):
         try:
             async with self._turn():
                 self._check_not_finishing(what)
+                self._check_not_in_call(what)
                 self._check_no_block(what)
                 self._finishing = True
                 try:
@@ -399,6 +400,13 @@ class Transaction(Executor):
                 "ending already"
             )
 
+    def _check_not_in_call(self, what: str) -> None:
+        if self._turns.is_nested:
+            raise SessionStateError(
+                f"{what} inside sync code that runs on {self.alias!r}, which still needs the "
+                "transaction; call it after the sync code, or use a nested block inside"
+            )
+
     def _enter(self, wrapper: BridgedMixin) -> None:
         """Begin on the connection; called in the bridge, before the first statement."""
         if self.autocommit:
@@ -423,7 +431,7 @@ class Transaction(Executor):
             raise TransactionManagementError(
                 f"the transaction on {self.alias!r} {reason}"
             ) from cause
-        if self._rollback_wanted:
+        if self._is_rollback_wanted:
             await self._rollback()
         elif self._atomic is None:
             await self._commit_nothing()
@@ -448,12 +456,17 @@ class Transaction(Executor):
                 "sending COMMIT or ROLLBACK"
             )
         failed = wrapper.needs_rollback or wrapper.transaction_state is TransactionState.FAILED
-        if failed and not self._rollback_wanted:
+        if failed and not self._is_rollback_wanted:
             return (
                 "is rolled back, because an error inside it was swallowed; "
                 "catch the error around a nested block: async with session.begin_nested()"
             )
         return None
+
+    @property
+    def _is_rollback_wanted(self) -> bool:
+        taken = self._checkout.is_taken
+        return self._rollback_wanted or (taken and self._wrapper.is_rollback_wanted)
 
     async def _send_commit(self, wrapper: BridgedMixin, atomic: Atomic) -> None:
         def commit() -> None:

@@ -46,6 +46,11 @@ class Turns:
             self.task = self._token = None
             self._lock.release()
 
+    @property
+    def is_nested(self) -> bool:
+        """Whether the task that has the turn has come again."""
+        return self._depth > 1
+
     def held(self) -> contextvars.Token[tuple[object, ...]]:
         """Mark the current context as inside this turn."""
         return _held.set((*_held.get(), self._token))

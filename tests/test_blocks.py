@@ -11,7 +11,7 @@ import contextlib
 from typing import Any
 
 import pytest
-from django.db import DatabaseError, IntegrityError
+from django.db import DatabaseError, IntegrityError, transaction
 from django.db.transaction import TransactionManagementError
 
 from django_asyncsession import DatabaseInterface, SessionInUseError, SessionStateError
@@ -99,6 +99,8 @@ async def test_the_rollback_flag_in_a_block_rolls_back_the_block_without_an_erro
                 session.set_rollback(True)
                 assert session.get_rollback()
             assert not session.get_rollback()
+        async with session.begin_nested():
+            await session.run_sync(transaction.set_rollback, True, using=real_database.alias)
         async with session.begin_nested():
             session.set_rollback(True)
             session.set_rollback(False)

@@ -528,6 +528,36 @@ async def test_the_rollback_flag_rolls_back_without_an_error(
     await whole(real_database)
 
 
+async def test_djangos_rollback_flag_in_sync_code_counts_as_the_sessions(
+    real_database: DatabaseInterface,
+) -> None:
+    def wants_rollback() -> None:
+        User.objects.using(real_database.alias).create(name="lost", level=1)
+        django_transaction.set_rollback(True, using=real_database.alias)
+
+    async with real_database.get_session() as session:
+        await session.run_sync(wants_rollback)
+    assert session.outcome is Outcome.ROLLED_BACK
+    assert await names(real_database) == []
+
+
+async def test_djangos_rollback_flag_of_an_inner_block_excuses_no_swallowed_error(
+    real_database: DatabaseInterface,
+) -> None:
+    def swallows() -> None:
+        with django_transaction.atomic(using=real_database.alias):
+            django_transaction.set_rollback(True, using=real_database.alias)
+        with (
+            contextlib.suppress(ZeroDivisionError),
+            django_transaction.atomic(using=real_database.alias, savepoint=False),
+        ):
+            raise ZeroDivisionError
+
+    with pytest.raises(TransactionManagementError, match="was swallowed"):
+        async with real_database.get_session() as session:
+            await session.run_sync(swallows)
+
+
 # Callbacks
 
 

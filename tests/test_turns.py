@@ -21,6 +21,7 @@ from django_asyncsession import (
     Session,
     SessionClosedError,
     SessionInUseError,
+    SessionStateError,
     WrongLoopError,
     bridge,
 )
@@ -215,6 +216,21 @@ async def test_a_session_used_inside_its_own_sync_call(real_database: DatabaseIn
 
     async with real_database.get_session() as session:
         assert await session.run_sync(outer, 10) == 10
+
+
+@pytest.mark.parametrize("end", [Session.commit, Session.rollback])
+async def test_ending_a_session_inside_its_own_sync_call_is_refused(
+    real_database: DatabaseInterface, end: Any
+) -> None:
+    def ends() -> None:
+        User.objects.using(real_database.alias).create(name="a")
+        with pytest.raises(SessionStateError, match=rf"{end.__name__}\(\) inside sync code"):
+            bridge.await_(end(session))
+        User.objects.using(real_database.alias).create(name="b")
+
+    async with real_database.get_session() as session:
+        await session.run_sync(ends)
+    assert await names(real_database) == ["a", "b"]
 
 
 async def test_a_child_task_inside_a_sync_call_is_refused_and_nothing_freezes(

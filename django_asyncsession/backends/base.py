@@ -252,6 +252,8 @@ class BridgedMixin(_Wrapper):
     set_up_touches = False
     _opening = False
     _savepoint_name: str | None = None
+    # The block that shall be rolled back without an error.
+    _unwanted: Any = None
 
     # Connecting, and what may use the connection
 
@@ -331,6 +333,16 @@ class BridgedMixin(_Wrapper):
                     f"{self.display_name} has no {name} for the sessions of {self.alias!r}; "
                     f"leave {name}={getattr(options, name)!r} out"
                 )
+
+    def set_rollback(self, rollback: bool) -> None:
+        super().set_rollback(rollback)
+        self._unwanted = self.atomic_blocks[-1] if rollback else None
+
+    @property
+    def is_rollback_wanted(self) -> bool:
+        """Whether the code itself, and no error, wants the innermost block to be rolled back."""
+        blocks = self.atomic_blocks
+        return self.needs_rollback and bool(blocks) and self._unwanted is blocks[-1]
 
     @property
     def transaction_state(self) -> TransactionState:
@@ -497,7 +509,7 @@ class BridgedMixin(_Wrapper):
         self.run_on_commit = []
         self.run_commit_hooks_on_set_autocommit_on = False
         self.needs_rollback = self.in_atomic_block = False
-        self.rollback_exc = None
+        self.rollback_exc = self._unwanted = None
         self.dead = False
         self.savepoint_ids, self.atomic_blocks, self.savepoint_state = [], [], 0
         self.execute_wrappers = []
