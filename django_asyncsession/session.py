@@ -12,11 +12,12 @@ from collections.abc import (
     Callable,
     Collection,
     Iterable,
+    Mapping,
     Sequence,
 )
 from contextlib import AbstractContextManager, asynccontextmanager
 from types import TracebackType
-from typing import Any, ParamSpec, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, Self, TypeVar
 from weakref import ref
 
 from django.db.models import Model
@@ -35,6 +36,9 @@ from .tables import RowTable, model_of
 from .transaction import Outcome, Transaction
 from .turns import check_loop
 
+if TYPE_CHECKING:
+    from django.http import HttpRequest, HttpResponse
+
 P = ParamSpec("P")
 T = TypeVar("T")
 M = TypeVar("M", bound=Model)
@@ -42,6 +46,9 @@ M = TypeVar("M", bound=Model)
 
 class Companions(Protocol):
     """The sessions of other aliases that end with a session, and serve what it runs."""
+
+    async def run(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call sync code with whichever connections it uses."""
 
     async def run_on(
         self, alias: str, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs
@@ -615,6 +622,36 @@ class Session:
         """
         async with self._working() as transaction:
             return await transaction.run(fn, *args, **kwargs)
+
+    async def render(
+        self,
+        request: HttpRequest | None,
+        template_name: str | Sequence[str],
+        context: Mapping[str, Any] | None = None,
+        content_type: str | None = None,
+        status: int | None = None,
+        using: str | None = None,
+    ) -> HttpResponse:
+        """A response with a rendered template, as Django's `render()` makes it; what the template
+        asks the database runs on this session's connection.
+
+        Args:
+            request: for the context processors.
+            template_name: its name, or names of which the first that exists is taken.
+            context: what the template can use; querysets need not be evaluated.
+            content_type: None is HTML.
+            status: None is 200.
+            using: name of the template engine.
+
+        Raises:
+            As `run_sync`; Django's template errors.
+        """
+        # Importing sessions need not import the template engine.
+        from django.shortcuts import render
+
+        return await self.run_sync(
+            render, request, template_name, context, content_type, status, using
+        )
 
     async def driver_connection(self) -> Any:
         """The driver's own connection, for use inside `run_sync` while the transaction is open."""

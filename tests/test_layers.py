@@ -35,6 +35,7 @@ LAYERS = [
         "middleware",
         "decorators",
         "consumers",
+        "views",
         "checks",
         "apps",
         "testing",

@@ -22,7 +22,7 @@ from django.db import IntegrityError, connections, router, transaction
 from django.db.models import Avg, Count, F, Max, Prefetch, Q, Sum, signals
 from django.http import Http404
 from django.shortcuts import get_object_or_404
-from django.template import Context, Template
+from django.template import Context, Template, TemplateDoesNotExist
 from django.test import RequestFactory, override_settings
 from django.test.utils import CaptureQueriesContext
 from django.urls import path
@@ -269,6 +269,34 @@ async def test_a_template_with_lazy_querysets(
     html = await run(routed, work)
     assert html.startswith("Borges: Borges 0,2 Borges 1,2")
     assert html.endswith("Nobody: none;3")
+
+
+async def test_a_response_is_rendered_in_the_session(
+    routed: DatabaseInterface, books: DatabaseInterface
+) -> None:
+    page = (
+        "{% for a in authors %}{{ a.name }} {{ a.books.count }};{% endfor %}{{ request.path }} "
+        "{{ here }}"
+    )
+    engine = {
+        "BACKEND": "django.template.backends.django.DjangoTemplates",
+        "OPTIONS": {
+            "context_processors": ["django.template.context_processors.request"],
+            "loaders": [("django.template.loaders.locmem.Loader", {"authors.txt": page})],
+        },
+    }
+    context = {"authors": Author.objects.order_by("name"), "here": threading.get_ident}
+    async with routed.get_session() as session:
+        await session.add(Author(name="Zora, not committed yet"))
+        with override_settings(TEMPLATES=[engine]):
+            request = RequestFactory().get("/authors/")
+            names = ["no-such.txt", "authors.txt"]
+            response = await session.render(request, names, context, "text/plain", 201)
+            with pytest.raises(TemplateDoesNotExist):
+                await session.render(None, "no-such.txt")
+    expected = "Borges 4;Le Guin 4;Nobody 0;Zora, not committed yet 0;/authors/ "
+    assert response.content.decode() == f"{expected}{threading.get_ident()}"
+    assert (response.status_code, response["Content-Type"]) == (201, "text/plain")
 
 
 async def test_a_paginator(routed: DatabaseInterface, books: DatabaseInterface) -> None:

@@ -47,6 +47,7 @@ CALLS: dict[str, Any] = {
     "fetch_all": lambda s: s.fetch_all("SELECT 1"),
     "stream": lambda s: anext(s.stream("SELECT 1")),
     "run_sync": lambda s: s.run_sync(print),
+    "render": lambda s: s.render(None, "base.html"),
     "add": lambda s: s.add(User(name="a")),
     "add_all": lambda s: s.add_all([User(name="a")]),
     "remove": lambda s: s.remove(User(pk=1)),

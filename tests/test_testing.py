@@ -35,6 +35,7 @@ from django_asyncsession.testing import (
     capture_on_commit_callbacks,
     capture_queries,
 )
+from django_asyncsession.views import UpdateView
 from tests.models import Author, Book, User
 
 pytestmark = pytest.mark.django_db(databases="__all__")
@@ -76,7 +77,16 @@ async def rename_natively(request: HttpRequest, pk: int) -> HttpResponse:
     return JsonResponse({"name": user.name})
 
 
+class Rename(UpdateView):
+    fields = ("name",)
+    success_url = "/names"
+
+    def get_queryset(self) -> Any:
+        return User.objects.using(self.request.db_session.alias)  # type: ignore[attr-defined]
+
+
 urlpatterns = [
+    path("class/<int:pk>", Rename.as_view()),
     path("natively/<int:pk>", rename_natively),
     path("rename/<int:pk>", rename),
     path("fail/<int:pk>", fail),
@@ -119,6 +129,15 @@ def test_requests_of_the_sync_client_see_it_too(alias: str, user: User) -> None:
     assert async_to_sync(request)(f"/rename/{user.pk}").json() == {"name": "renamed"}
     user.refresh_from_db()
     assert user.name == "renamed"
+
+
+@pytest.mark.parametrize("is_native", [False, True])
+@pytest.mark.usefixtures("site")
+async def test_a_class_based_view_changes_it(alias: str, user: User, is_native: bool) -> None:
+    with override_settings(ASYNC_SESSION={"ALIAS": alias, "NATIVE_ORM": is_native}):
+        response = await AsyncClient().post(f"/class/{user.pk}", {"name": "renamed"})
+    assert response.status_code == 302
+    assert await sync_to_async(User.objects.using(alias).get)(name="renamed") == user
 
 
 @pytest.mark.usefixtures("site")
