@@ -8,8 +8,8 @@ from testproject.shop import api, pages
 
 urlpatterns = [
     path("", pages.catalogue, name="catalogue"),
-    path("order/", pages.order_form, name="order-form"),
-    path("orders/<int:pk>/", pages.order, name="order"),
+    path("order/", pages.OrderPage.as_view(), name="order-form"),
+    path("orders/<int:pk>/", pages.SavedOrder.as_view(), name="order"),
     path("api/books/", api.Books.as_view(), name="api-books"),
     path("api/books/<int:pk>/", api.book, name="api-book"),
     path("api/stock/transfer/", api.transfer, name="api-transfer"),
