@@ -21,6 +21,12 @@ pytest_plugins = ["django_asyncsession.pytest_plugin", "pytester"]
 ALIASES = {"default": "postgresql", "sqlite": "sqlite", "mysql": "mysql"}
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--pools`: also the tests that use the toolkit's transaction run on connections of the pools,
+    and so with the drivers of production: on MySQL a test's connection has Django's."""
+    parser.addoption("--pools", action="store_true", help="no test in the toolkit's transaction")
+
+
 @pytest.fixture(scope="session")
 def django_db_setup(
     request: pytest.FixtureRequest,
@@ -114,6 +120,9 @@ def database(alias: str, request: pytest.FixtureRequest) -> DatabaseInterface:
     """Each database in turn, in the transaction of the test: sync code, sessions and requests share
     it, and it is rolled back. For every test that is not about a commit or a connection of its
     own."""
+    if request.config.option.pools:
+        real: DatabaseInterface = request.getfixturevalue("real_database")
+        return real
     request.applymarker(pytest.mark.django_db(databases=[alias]))
     request.getfixturevalue("db")
     return databases[alias]
@@ -122,6 +131,9 @@ def database(alias: str, request: pytest.FixtureRequest) -> DatabaseInterface:
 @pytest.fixture
 def session(database: DatabaseInterface, request: pytest.FixtureRequest) -> Session:
     """The toolkit's session of the test, on each database in turn."""
+    if request.config.option.pools:
+        real: Session = request.getfixturevalue("real_session")
+        return real
     with override_settings(ASYNC_SESSION={"ALIAS": database.alias}):
         session: Session = request.getfixturevalue("async_session")
     return session
