@@ -4,10 +4,9 @@ middleware, decorators, consumers and commands enter it."""
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import logging
 import weakref
-from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from types import TracebackType
 from typing import Any, Self
@@ -19,10 +18,9 @@ from .exceptions import SyncContextError
 from .interface import databases
 from .session import Session
 from .sessionset import SessionSet
+from .transaction import end_later
 
 logger = logging.getLogger("django_asyncsession")
-
-_ending: set[asyncio.Task[None]] = set()
 
 
 def new_session(alias: str | None, options: Mapping[str, Any]) -> Session:
@@ -179,7 +177,7 @@ class StreamedBody:
         """End the body from any thread; Django calls it when it closes the response."""
         if not self._ended:
             self._ended = True
-            _end_later(self._loop, _abort(self._parts, self._scope))
+            end_later(self._loop, _abort(self._parts, self._scope))
 
     def __del__(self) -> None:
         self.close()
@@ -206,21 +204,6 @@ async def _abort(parts: AsyncIterator[Any], scope: RequestScope) -> None:
         logger.warning("error ignored while a streaming body was closed", exc_info=True)
     finally:
         await scope.finish()
-
-
-def _end_later(loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, None]) -> None:
-    """Run a clean-up in a task of its own, from whatever thread this is called in."""
-
-    def start() -> None:
-        task = loop.create_task(coroutine, context=contextvars.Context())
-        _ending.add(task)
-        task.add_done_callback(_ending.discard)
-
-    try:
-        loop.call_soon_threadsafe(start)
-    except RuntimeError:
-        # The loop is closed, and its pool with it.
-        coroutine.close()
 
 
 class RefusedSession:

@@ -166,14 +166,8 @@ async def _close_all(session: Session) -> None:
         await databases.close_all()
 
 
-class AsyncSessionTestCase(_AsyncMethods, TestCase):
-    """Django's `TestCase` for async code: one transaction, rolled back after each test, in which
-    sync code, sessions and requests of the test clients work together.
-
-    `setUp`, tests, `tearDown` and cleanups may be `async def`; those of one test run in one event
-    loop, which `loop_factory` makes if it is set. `self.session` is a session of the database that
-    the middleware uses.
-    """
+class SharingTestCase(TestCase):
+    """Django's `TestCase`, whose transaction sessions share with sync code."""
 
     _sharing: Sharing
 
@@ -190,6 +184,16 @@ class AsyncSessionTestCase(_AsyncMethods, TestCase):
             self._sharing.settle()
         finally:
             super()._fixture_teardown()  # type: ignore[misc]
+
+
+class AsyncSessionTestCase(_AsyncMethods, SharingTestCase):
+    """Django's `TestCase` for async code: one transaction, rolled back after each test, in which
+    sync code, sessions and requests of the test clients work together.
+
+    `setUp`, tests, `tearDown` and cleanups may be `async def`; those of one test run in one event
+    loop, which `loop_factory` makes if it is set. `self.session` is a session of the database that
+    the middleware uses.
+    """
 
 
 class AsyncSessionTransactionTestCase(_AsyncMethods, TransactionTestCase):

@@ -186,7 +186,7 @@ class Transaction(Executor):
         except BaseException:
             # Cancelled while another task's call unwinds: that call still uses the connection, so
             # end it after that.
-            _end_later(self._close_in_turn())
+            end_later(asyncio.get_running_loop(), self._close_in_turn())
             raise
         try:
             await self._close_now()
@@ -547,11 +547,22 @@ class Transaction(Executor):
 _ending: set[asyncio.Task[None]] = set()
 
 
-def _end_later(coroutine: Coroutine[Any, Any, None]) -> None:
-    """Run a clean-up that its caller could not wait for."""
-    task = asyncio.get_running_loop().create_task(coroutine, context=contextvars.Context())
-    _ending.add(task)
-    task.add_done_callback(_ending.discard)
+def end_later(loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, None]) -> None:
+    """Run a clean-up that its caller cannot wait for, in a task of its own; from any thread."""
+
+    def start() -> None:
+        task = loop.create_task(coroutine, context=contextvars.Context())
+        _ending.add(task)
+        task.add_done_callback(_ending.discard)
+
+    if asyncio._get_running_loop() is loop:
+        start()
+        return
+    try:
+        loop.call_soon_threadsafe(start)
+    except RuntimeError:
+        # The loop is closed, and its pool with it.
+        coroutine.close()
 
 
 class Rollback(Exception):

@@ -50,28 +50,6 @@ MODULES = (
 )
 
 
-class SharingTestCase(django.test.TestCase):
-    """Stands in for Django's TestCase: sessions work in its transaction, as with the toolkit."""
-
-    _sharing: Any
-
-    @classmethod
-    def setUpClass(cls) -> None:
-        """Share the connections, and then begin as Django does."""
-        from django_asyncsession.sharing import Sharing
-
-        cls._sharing = Sharing()
-        cls._sharing.begin()
-        cls.addClassCleanup(cls._sharing.end)
-        super().setUpClass()
-
-    def _fixture_teardown(self) -> None:
-        try:
-            self._sharing.settle()
-        finally:
-            super()._fixture_teardown()  # type: ignore[misc]
-
-
 def in_session(test: Callable[..., Any], count: Callable[[], None]) -> Callable[..., Any]:
     """The same async test, with a current session."""
 
@@ -152,6 +130,8 @@ def download() -> Path:
 def main(vendor: str, *labels: str) -> None:
     """Run Django's test runner on the modules, or on those with these labels."""
     source = os.environ.get("DJANGO_SOURCE")
+    from django_asyncsession.testing import SharingTestCase
+
     tests = (Path(source).resolve() if source else download()) / "tests"
     os.environ["SUITE_VENDOR"] = vendor
     django.test.TestCase = django.test.testcases.TestCase = SharingTestCase  # type: ignore[misc,assignment]
