@@ -68,6 +68,13 @@ async def emptied(db: DatabaseInterface) -> list[str]:
     return saved
 
 
+def all_or_nothing(saved: list[str]) -> bool:
+    """Whether both rows were saved, or none: with those of the step before, if the server was busy
+    and did its COMMIT, which had been sent when the step was cancelled, after the names were
+    read."""
+    return saved in ([], ["a", "b"], ["a", "a", "b", "b"])
+
+
 # Cancelled at every suspension
 
 
@@ -117,10 +124,10 @@ async def test_cancelled_at_any_suspension_all_or_nothing_is_saved_and_the_pool_
             break
         assert isinstance(outcome, asyncio.CancelledError), (step, outcome)
     assert step > 3
-    assert all(rows in ([], ["a", "b"]) for rows in saved), saved
+    assert all(map(all_or_nothing, saved)), saved
     # Nothing is saved before COMMIT was sent, and everything after.
     assert [bool(rows) for rows in saved] == sorted(bool(rows) for rows in saved)
-    assert saved[0] == [] and saved[-1] == ["a", "b"]
+    assert saved[0] == [] and saved[-1]
 
 
 @pytest.mark.parametrize("operation", [two_rows, in_autocommit_mode])
@@ -131,7 +138,7 @@ async def test_cancelled_twice_it_is_still_a_cancellation_and_all_or_nothing(
         for second in range(first + 1, first + 5):
             attempt = cancel_at(operation(one), {first, second})
             outcome = await outcome_of(_awaited(attempt))
-            assert await emptied(one) in ([], ["a", "b"])
+            assert all_or_nothing(await emptied(one))
             if attempt.suspensions >= first:
                 assert isinstance(outcome, asyncio.CancelledError), (first, second, outcome)
         if attempt.suspensions < first:
