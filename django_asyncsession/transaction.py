@@ -475,6 +475,8 @@ class Transaction(Executor):
 
         wrapper.commit_confirmed = False
         self.outcome = Outcome.UNKNOWN
+        # For the callbacks: what was written is saved then.
+        self.changed = ""
         try:
             await self._serve(commit)
         except Error as exc:
@@ -496,6 +498,8 @@ class Transaction(Executor):
         Django, and may use the connection."""
         self.outcome = Outcome.COMMITTED
         if self._hooks:
+            # What they run must not begin the transaction that nobody would commit any more.
+            self._ready = True
             await self._checkout.call(self._hooks.call_at_once)
 
     async def _rollback(self, quietly: bool = False) -> None:

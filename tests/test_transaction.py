@@ -718,6 +718,22 @@ async def test_a_callback_of_sync_code_may_use_the_orm(real_database: DatabaseIn
     assert await names(real_database) == ["a", "orm"]
 
 
+async def test_what_a_callback_writes_is_saved_although_nothing_was_written_before(
+    real_database: DatabaseInterface,
+) -> None:
+    async with real_database.get_session() as session:
+
+        async def writes() -> None:
+            await session.execute(INSERT, ["a"])
+            async with session.begin_nested():
+                await session.execute(INSERT, ["nested"])
+            await session.run_sync(User.objects.using(real_database.alias).create, name="orm")
+
+        session.on_commit(writes)
+    assert await names(real_database) == ["a", "nested", "orm"]
+    await whole(real_database)
+
+
 @pytest.mark.parametrize("wrong", [None, "name", 5])
 async def test_a_callback_must_be_callable(wrong: Any) -> None:
     async with databases["default"].get_session() as session:
