@@ -282,7 +282,11 @@ def _is_cancelled() -> bool:
 
 
 def _state(transaction: Transaction) -> tuple[str, bool]:
-    return transaction._wrapper.snapshot_state()
+    wrapper = transaction._wrapper
+    if not wrapper.in_atomic_block:
+        # In a callback of the commit, where each statement is a transaction.
+        return "", False
+    return wrapper.snapshot_state()
 
 
 async def _export(session: Session) -> str:

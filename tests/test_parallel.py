@@ -276,6 +276,49 @@ async def test_a_transaction_that_has_written_refuses_and_goes_on(
     await whole(real_database)
 
 
+@pytest.mark.parametrize("size", [1, 4])
+async def test_callbacks_of_the_commit_read_what_is_saved(
+    real_database: DatabaseInterface, size: int
+) -> None:
+    """They may write as well: each statement of theirs is saved at once."""
+    counts: list[Any] = []
+    reads = [User.objects.all(), lambda s: s.fetch_value(COUNT)]
+
+    async def count() -> None:
+        users, number = await session.gather(*reads)
+        counts.append((len(users), number))
+
+    async def count_and_write() -> None:
+        await count()
+        await session.execute(INSERT, ["in the callback"])
+        await count()
+
+    with pool(real_database, max_size=size):
+        async with real_database.get_session() as session:
+            await session.execute(INSERT, ["a"])
+            session.on_commit(count_and_write)
+        assert counts == [(1, 1), (2, 2)]
+        await whole(real_database)
+
+
+@only_postgresql
+async def test_a_callback_of_the_commit_has_no_snapshot_of_its_own(
+    real_database: DatabaseInterface,
+) -> None:
+    """Whatever the server's default level is."""
+    results: list[Any] = []
+
+    async def read() -> None:
+        results.extend(await session.gather(*[lambda s: s.fetch_value(COUNT)] * 3))
+
+    async with real_database.get_session() as session:
+        await session.execute(
+            "SET SESSION CHARACTERISTICS AS TRANSACTION ISOLATION LEVEL REPEATABLE READ"
+        )
+        session.on_commit(read)
+    assert results == [0, 0, 0]
+
+
 @only_postgresql
 @pytest.mark.parametrize(
     ("sql", "word"),

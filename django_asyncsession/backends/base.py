@@ -459,8 +459,8 @@ class BridgedMixin(_Wrapper):
         self.check_alive()
 
     def note_change(self, sql: Any) -> None:
-        """Note that a statement does more than read."""
-        if not self.changed:
+        """Note that a statement does more than read, unless it commits by itself."""
+        if not self.changed and self.in_atomic_block:
             self.changed = change_in(sql if isinstance(sql, str) else sql.as_string(None))
 
     def snapshot_state(self) -> tuple[str, bool]:
