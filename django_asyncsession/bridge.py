@@ -62,11 +62,15 @@ async def run(fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
                 # switched to: greenlet
                 # itself ends it in its own thread, and the lease's finalizer closes the connection.
                 if threading.get_ident() == thread:
+                    bridge.parent = getcurrent()
                     _unwind(bridge)
                 raise
             except BaseException as error:
+                bridge.parent = getcurrent()
                 outcome = bridge.throw(error)
             else:
+                # An eager task begins in the greenlet that makes it, and goes on in the loop's.
+                bridge.parent = getcurrent()
                 outcome = bridge.switch(value)
         return cast(T, outcome)
     finally:

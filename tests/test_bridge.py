@@ -7,11 +7,12 @@ import contextlib
 import contextvars
 import gc
 import logging
+import sys
 import threading
 import warnings
 import weakref
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import greenlet
 import pytest
@@ -20,6 +21,7 @@ from django_asyncsession.bridge import await_, await_here, get_running_loop, in_
 from django_asyncsession.exceptions import BridgeError
 from tests.faults import LoopProbe, cancel_at, outcome_of, watchdog
 
+T = TypeVar("T")
 var: contextvars.ContextVar[str] = contextvars.ContextVar("var", default="unset")
 
 
@@ -62,6 +64,30 @@ async def test_arguments_go_in_and_the_result_comes_out() -> None:
         return number * 2
 
     assert await run(lambda a, *, b: (await_(double(a)), b), 21, b="b") == (42, "b")
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="no task is eager before Python 3.12")
+async def test_an_eager_task_that_sync_code_makes_goes_on_beside_it() -> None:
+    """It begins inside that code, and whoever wakes it up later is somebody else."""
+
+    async def value(of: T) -> T:
+        await asyncio.sleep(0)
+        return of
+
+    def numbers() -> list[int]:
+        return [await_(value(number)) for number in range(3)]
+
+    def letters() -> tuple[list[str], asyncio.Task[list[int]]]:
+        task = asyncio.create_task(run(numbers))
+        return [await_(value(letter)) for letter in "abcde"], task
+
+    loop = asyncio.get_running_loop()
+    loop.set_task_factory(asyncio.eager_task_factory)  # type: ignore[attr-defined]
+    try:
+        found, task = await run(letters)
+        assert (found, await task) == ([*"abcde"], [0, 1, 2])
+    finally:
+        loop.set_task_factory(None)
 
 
 async def test_code_that_awaits_nothing_needs_no_suspension() -> None:
