@@ -298,8 +298,10 @@ class SessionSet:
 
 
 def _take(alias: str, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-    """Take the connection of `alias` before calling `fn`."""
-    _ = connections[alias]
+    """Take the connection of `alias` before calling `fn`; called in a `Call`."""
+    # Not by way of `connections`, which native mode, if it was uninstalled meanwhile, has left.
+    if (call := current_call()) is not None:
+        call.connection(alias)
     return fn(*args, **kwargs)
 
 

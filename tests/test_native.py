@@ -454,6 +454,33 @@ async def test_an_alias_without_a_session_is_used_in_autocommit_mode(threads: li
     assert threads == []
 
 
+class UsersApart:
+    """A router: users are in the other database, and authors are read there."""
+
+    def db_for_read(self, model: Any, **hints: Any) -> str | None:
+        return "sqlite" if model in (User, Author) else None
+
+    def db_for_write(self, model: Any, **hints: Any) -> str | None:
+        return "sqlite" if model is User else None
+
+
+@two_databases
+async def test_an_alias_is_found_as_the_routers_say(threads: list[str]) -> None:
+    first, second = databases["default"].get_session(), databases["sqlite"].get_session()
+    with override_settings(DATABASE_ROUTERS=[f"{__name__}.UsersApart"]):
+        async with first, second:
+            with native.use(first, second):
+                user = await User.objects.acreate(name="Ada")
+                author = await Author.objects.acreate(name="Ada")
+                assert (user._state.db, author._state.db) == ("sqlite", "default")
+                assert await Author.objects.acount() == 0
+                assert [u.name async for u in User.objects.aiterator()] == ["Ada"]
+            assert await second.fetch_value("SELECT COUNT(*) FROM tests_user") == 1
+            assert await first.fetch_value("SELECT COUNT(*) FROM tests_user") == 0
+            assert await first.fetch_value("SELECT COUNT(*) FROM tests_author") == 1
+    assert threads == []
+
+
 @two_databases
 async def test_sync_code_of_a_session_uses_other_aliases_too() -> None:
     def audited() -> int:
@@ -739,6 +766,34 @@ def test_uninstalling_restores_every_name() -> None:
     native.uninstall()
     assert _names_of_django() == before
     assert not native.is_installed()
+
+
+async def test_uninstalling_while_it_is_used_disturbs_no_transaction(
+    real_database: DatabaseInterface,
+) -> None:
+    """What has begun, and what asks for the session by name, stays in it."""
+    users = User.objects.using(real_database.alias)
+
+    def before_and_after() -> int:
+        users.create(name="before")
+        native.uninstall()
+        users.create(name="after")
+        return users.count()
+
+    try:
+        async with real_database.get_session() as session, native.use(session):
+            await users.acreate(name="first")
+            rows = users.aiterator(chunk_size=1)
+            await anext(rows)
+            assert await session.run_sync(before_and_after) == 3
+            await session.run_sync(users.create, name="later")
+            assert [user async for user in rows] == []
+            await session.rollback()
+            assert await session.run_sync(users.count) == 0
+    finally:
+        native.install()
+    assert await names(real_database) == []
+    await whole(real_database)
 
 
 @pytest.mark.parametrize("setting", [True, False])
