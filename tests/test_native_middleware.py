@@ -20,10 +20,11 @@ from django.contrib import admin, messages
 from django.contrib.auth.models import Group
 from django.contrib.auth.models import User as Account
 from django.core.handlers.asgi import ASGIHandler
+from django.db import connection
 from django.http import Http404, HttpRequest, HttpResponse, StreamingHttpResponse
 from django.template import engines
 from django.template.response import TemplateResponse
-from django.test import override_settings
+from django.test import modify_settings, override_settings
 from django.urls import path
 from django.utils.deprecation import MiddlewareMixin
 from django.views import View
@@ -246,6 +247,37 @@ async def test_a_sync_view_is_in_the_requests_transaction() -> None:
         assert (await client.post("/create/", data=data)).status_code == 500
         assert (await client.post("/create/", data={"name": "whole"})).text == "1"
         assert (await client.get("/missing/")).status_code == 404
+
+
+def _a_flat_page() -> None:
+    from django.contrib.flatpages.models import FlatPage
+    from django.contrib.sites.models import Site
+
+    with connection.schema_editor() as editor:
+        editor.create_model(Site)
+        editor.create_model(FlatPage)
+    site = Site.objects.create(pk=1, domain="test")
+    FlatPage.objects.create(url="/flat/", title="flat").sites.add(site)
+
+
+@pytest.mark.django_db
+async def test_a_flat_page_is_found_in_the_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    apps = ["django.contrib.sites", "django.contrib.flatpages"]
+    name = "django.contrib.flatpages.middleware.FlatpageFallbackMiddleware"
+    asked: list[int] = []
+
+    def flatpage(request: HttpRequest, url: str) -> HttpResponse:
+        from django.contrib.flatpages.models import FlatPage
+
+        asked.append(threading.get_ident())
+        return HttpResponse(FlatPage.objects.get(url=url, sites=1).title)
+
+    with modify_settings(INSTALLED_APPS={"append": apps}):
+        await asyncio.to_thread(_a_flat_page)
+        monkeypatch.setattr("django.contrib.flatpages.middleware.flatpage", flatpage)
+        async with visitor(MIDDLEWARE=[*MIDDLEWARE, name]) as client:
+            assert (await client.get("/flat/")).text == "flat"
+    assert asked == [threading.get_ident()]
 
 
 async def test_a_sync_view_that_uses_no_database_takes_no_connection() -> None:

@@ -265,6 +265,15 @@ async def test_users_and_sessions_are_the_requests(threads: list[str]) -> None:
 
 
 @two_databases
+@pytest.mark.parametrize("engine", ["db", "cached_db", "cache", "file", "signed_cookies"])
+async def test_visitors_sessions_are_kept_in_every_place(engine: str) -> None:
+    with override_settings(SESSION_ENGINE=f"django.contrib.sessions.backends.{engine}"):
+        client = AsyncClient()
+        await client.get("/log_in/")
+        assert (await client.get("/who/")).content == b"ada red False"
+
+
+@two_databases
 async def test_an_injected_session_is_current_in_its_function(threads: list[str]) -> None:
     assert (await AsyncClient().get("/injected/")).content == b"1"
     assert await saved("sqlite") == ["injected"]
