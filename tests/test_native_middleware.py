@@ -76,6 +76,17 @@ async def stream(request: HttpRequest) -> StreamingHttpResponse:
     return StreamingHttpResponse(body())
 
 
+def in_thread(request: HttpRequest) -> StreamingHttpResponse:
+    User.objects.create(name="saved")
+
+    def body() -> Iterator[str]:
+        yield f"{User.objects.count()} "
+        yield str(threading.get_ident())
+        connection.close()
+
+    return StreamingHttpResponse(body())
+
+
 async def lazy(request: HttpRequest) -> TemplateResponse:
     template = engines["django"].from_string("{% for u in users %}{{ u.name }}{% endfor %}")
     await User.objects.acreate(name="not committed yet")
@@ -102,7 +113,7 @@ def missing(request: HttpRequest) -> HttpResponse:
     raise Http404("nothing here")
 
 
-views = (create, told, acreate, stream, lazy, kept, blocks, missing, ident)
+views = (create, told, acreate, stream, in_thread, lazy, kept, blocks, missing, ident)
 urlpatterns = [
     path("admin/", admin.site.urls),
     path("kept-class/", Kept.as_view()),
@@ -313,6 +324,15 @@ async def test_without_the_setting_sync_views_keep_their_thread() -> None:
 async def test_a_template_responses_lazy_querysets_are_in_the_session() -> None:
     async with visitor(ASYNC_SESSION={"NATIVE_ORM": True}) as client:
         assert (await client.get("/lazy/")).text == "not committed yet"
+
+
+@pytest.mark.usefixtures("empty_tables")
+async def test_the_body_of_a_sync_stream_is_made_in_a_thread_after_the_commit() -> None:
+    """With a real commit, which another connection sees."""
+    async with visitor(MIDDLEWARE=MIDDLEWARE[:1]) as client:
+        with pytest.warns(Warning, match="must consume synchronous iterators"):
+            count, ident = (await client.get("/in_thread/")).text.split()
+    assert count == "1" and int(ident) != threading.get_ident()
 
 
 @pytest.mark.django_db
