@@ -15,8 +15,10 @@ import contextvars
 import copy
 import dataclasses
 import logging
+import os
 import random
 import sys
+import threading
 import time
 import warnings
 import weakref
@@ -25,7 +27,11 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iter
 from functools import partial
 from numbers import Real
 from pathlib import Path
+from types import FrameType
 from typing import Any, ClassVar, Generic, TypeVar
+
+import asgiref
+import django
 
 from .bridge import discard
 from .exceptions import ConfigurationError, PoolClosed, PoolTimeout, TooManyWaiting, WrongLoopError
@@ -43,7 +49,13 @@ BACKOFF_MIN, BACKOFF_MAX = 0.1, 2.0
 # expire together.
 LIFETIME_SPREAD = 0.1
 # Frames that say nothing of who asked: this package's own, and those of `async with`.
-_OURS = (str(Path(__file__).parent), contextlib.__file__)
+_OURS = (str(Path(__file__).parent) + os.sep, contextlib.__file__)
+# Those of who only runs the one who asked: the event loop, threads, Django, `python -m`.
+_AROUND = (
+    *(str(Path(str(m.__file__)).parent) + os.sep for m in (asyncio, asgiref, django)),
+    threading.__file__,
+    "<frozen ",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -735,11 +747,18 @@ def _again(error: BaseException) -> BaseException:
 
 
 def creation_site() -> str:
-    """File, line and function of the nearest caller outside this package."""
-    frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_OURS):
-        frame = frame.f_back
+    """File, line and function of the nearest caller outside this package; one outside of asyncio
+    and Django, if there is one."""
+    here = sys._getframe(1)
+    nearest = _outside(here, _OURS) or here
+    frame = _outside(nearest, (*_OURS, *_AROUND)) or nearest
     return f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
+
+
+def _outside(frame: FrameType | None, places: tuple[str, ...]) -> FrameType | None:
+    while frame is not None and frame.f_code.co_filename.startswith(places):
+        frame = frame.f_back
+    return frame
 
 
 def task_name() -> str:

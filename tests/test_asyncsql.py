@@ -27,6 +27,7 @@ from django.core.management import CommandError, call_command
 from django.db import connections
 
 from django_asyncsession import DatabaseInterface
+from django_asyncsession.exceptions import SharedConnectionWarning
 from django_asyncsession.management import formats, job, statements
 from tests.models import User
 
@@ -296,6 +297,11 @@ def test_neither_the_target_line_nor_an_error_has_the_password(
 
 # In the test's transaction the command's own cannot be read-only.
 in_transaction = pytest.mark.filterwarnings("ignore:read_only=True")
+
+
+def test_in_a_test_the_warning_names_who_ran_the_command(users: str) -> None:
+    with pytest.warns(SharedConnectionWarning, match=r"read_only=True.* made at .*test_asyncsql"):
+        asyncsql("SELECT 1", "--database", users)
 
 
 @in_transaction

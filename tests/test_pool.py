@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any
 
 import pytest
+from django.utils.functional import SimpleLazyObject
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -29,7 +30,7 @@ from django_asyncsession.exceptions import (
     TooManyWaiting,
     WrongLoopError,
 )
-from django_asyncsession.pool import Lease, Pool, PoolOptions
+from django_asyncsession.pool import Lease, Pool, PoolOptions, creation_site
 from tests.faults import Elapsed, cancel_at, outcome_of, watchdog
 
 STATS_OF_PSYCOPG_POOL = {
@@ -299,6 +300,38 @@ async def test_timeout_names_the_pool_the_numbers_and_the_longest_holder() -> No
         assert "nested" not in message
         assert pool.stats()["requests_errors"] == 1 and pool.stats()["requests_waiting"] == 0
         lease.release()
+
+
+def test_who_asked_is_named_behind_django_and_the_event_loop() -> None:
+    """Code of Django may call this package, and so may a task of the package's own."""
+    names: dict[str, Any] = {"creation_site": creation_site}
+    source = "async def work():\n    return creation_site()"
+    exec(compile(source, pool_module.__file__, "exec"), names)
+
+    async def in_a_task() -> str:
+        return await asyncio.get_running_loop().create_task(names["work"]())
+
+    def through_the_loop() -> str:
+        with asyncio.Runner() as runner:
+            return runner.run(in_a_task())
+
+    def through_django() -> str:
+        return str(SimpleLazyObject(creation_site))
+
+    for caller in (through_the_loop, through_django):
+        site = caller()
+        assert site.startswith(f"{__file__}:") and site.endswith(f" in {caller.__name__}")
+
+
+def test_when_nobody_else_asked_the_nearest_place_is_named() -> None:
+    sites: list[str] = []
+    names: dict[str, Any] = {"creation_site": creation_site, "sites": sites}
+    source = "def run():\n    sites.append(creation_site())"
+    exec(compile(source, pool_module.__file__, "exec"), names)
+    thread = threading.Thread(target=names["run"])
+    thread.start()
+    thread.join()
+    assert sites[0].startswith(f"{threading.__file__}:")
 
 
 async def test_a_task_that_waits_for_itself_is_told_so() -> None:
