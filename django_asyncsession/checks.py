@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
+from importlib.util import find_spec
 from typing import Any
 
 import django
@@ -320,22 +321,30 @@ def check_debug(**kwargs: Any) -> list[CheckMessage]:
 
 @register(Tags.compatibility)
 def check_asgi(**kwargs: Any) -> list[CheckMessage]:
-    """W108: only WSGI is set up, where no session can be used; or sessions on a private
-    database."""
-    if not _uses_middleware():
-        return []
-    if getattr(django_settings, "ASGI_APPLICATION", None) or not getattr(
-        django_settings, "WSGI_APPLICATION", None
-    ):
+    """W108: only WSGI is set up, where no session can be used."""
+    if not _uses_middleware() or _has_asgi():
         return []
     return [
         Warning(
-            "The project has a WSGI_APPLICATION and no ASGI_APPLICATION; under WSGI the request's "
-            "session cannot be used.",
-            hint="Set ASGI_APPLICATION and serve it with uvicorn, hypercorn or daphne.",
+            "The project has a WSGI_APPLICATION, and neither an asgi.py beside it nor an "
+            "ASGI_APPLICATION; under WSGI the request's session cannot be used.",
+            hint="Write an asgi.py, as startproject does, and serve it with uvicorn, hypercorn or "
+            "daphne.",
             id=_id("W108"),
         )
     ]
+
+
+def _has_asgi() -> bool:
+    """Whether the project is set up for ASGI, or it cannot be told; `startproject` makes both."""
+    wsgi = getattr(django_settings, "WSGI_APPLICATION", None)
+    if not wsgi or getattr(django_settings, "ASGI_APPLICATION", None):
+        return True
+    package = wsgi.rpartition(".")[0].rpartition(".")[0]
+    try:
+        return find_spec(f"{package}.asgi" if package else "asgi") is not None
+    except (ImportError, ValueError):
+        return False
 
 
 @register(Tags.database)

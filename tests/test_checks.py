@@ -168,6 +168,13 @@ def test_wsgi_only() -> None:
         assert ids(checks.check_asgi()) == ["W108"]
 
 
+def test_a_new_project_has_asgi_beside_wsgi() -> None:
+    """`startproject` makes both, and Django has no setting ASGI_APPLICATION."""
+    wsgi = "testproject.wsgi.application"
+    with override_settings(WSGI_APPLICATION=wsgi, MIDDLEWARE=[OURS]):
+        assert checks.check_asgi() == []
+
+
 def test_tables_without_transactions() -> None:
     with database(OPTIONS={"init_command": "SET default_storage_engine=MyISAM"}):
         assert ids(checks.check_mysql_engine()) == ["W109"]
