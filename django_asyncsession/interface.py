@@ -145,6 +145,11 @@ class DatabaseInterface:
         self._pools[id(loop)] = identity, pool
         return pool
 
+    @property
+    def pools(self) -> list[Pool[BridgedMixin]]:
+        """The pools of all loops."""
+        return [pool for _, pool in list(self._pools.values())]
+
     def _existing_pool(self) -> Pool[BridgedMixin] | None:
         try:
             loop = asyncio.get_running_loop()

@@ -121,6 +121,8 @@ class Lease(Generic[C]):
     # The connection is a test's, which others use as well, and its holders take turns: see
     # `sharing.py`.
     shared = False
+    # It is for the session that a test has as its own, which is ended with the test.
+    lends = False
     released = True
 
     def __init__(self, pool: Pool[C], entry: _Entry[C]) -> None:
@@ -206,6 +208,8 @@ class Pool(Generic[C]):
         self._idle: deque[_Entry[C]] = deque()
         self._waiters: deque[asyncio.Future[_Entry[C]]] = deque()
         self._leases: weakref.WeakSet[Lease[C]] = weakref.WeakSet()
+        # Where the sessions were made whose connections were closed under them.
+        self.cut_off: list[str] = []
         # Places taken: idle, leased, being opened and being closed.
         self._size = self._opening = self._leased = 0
         # Callers that keep a connection while they wait for another one.
@@ -340,11 +344,31 @@ class Pool(Generic[C]):
         self._fail_waiters(lambda: PoolClosed(f"the pool of {self.name!r} was closed"))
         while self._idle:
             self._discard(self._idle.popleft())
-        for lease in list(self._leases):
+        for lease in self.leases:
+            if not lease.lends:
+                self.cut_off.append(lease.made_at)
             lease.release(usable=False)
         if self._can_spawn():
             for task in self._openers:
                 task.cancel()
+
+    def close_now(self) -> None:
+        """Close the pool from outside of its loop, which does not run: in it, or by `terminate`
+        when it is closed."""
+        if self._loop.is_closed() or asyncio._get_running_loop() is not None:
+            self.terminate()
+        else:
+            self._loop.run_until_complete(self.close())
+
+    @property
+    def leases(self) -> list[Lease[C]]:
+        """Those that were not given back."""
+        return list(self._leases)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether its loop runs, perhaps in another thread."""
+        return self._loop.is_running()
 
     def belongs_to(self, loop: asyncio.AbstractEventLoop) -> bool:
         """Whether this is the pool's loop."""

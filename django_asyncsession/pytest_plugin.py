@@ -30,19 +30,29 @@ def pytest_fixture_setup(
     fixturedef: pytest.FixtureDef[Any], request: pytest.FixtureRequest
 ) -> Generator[None, Any, Any]:
     """Share the connections before pytest-django begins its transactions; settle before it rolls
-    them back."""
-    if fixturedef.argname != BEHIND_DB or _has_own_transactions(request):
+    them back, or close before it empties the tables."""
+    if fixturedef.argname != BEHIND_DB or _is_unittest(request):
         return (yield)
+    if _has_real_transactions(request):
+        from .sharing import RealSessions
+
+        sessions = RealSessions()
+        result = yield
+        fixturedef.addfinalizer(sessions.end)
+        return result
     sharing = request.getfixturevalue("_asyncsession_sharing")
     result = yield
     fixturedef.addfinalizer(sharing.settle)
     return result
 
 
-def _has_own_transactions(request: pytest.FixtureRequest) -> bool:
-    """Whether the test's transactions are real, or those of a unittest class."""
-    if getattr(request.node, "cls", None) is not None and hasattr(request.node.cls, "_pre_setup"):
-        return True
+def _is_unittest(request: pytest.FixtureRequest) -> bool:
+    """Whether the test is one of Django's unittest classes, which have transactions of their
+    own."""
+    return hasattr(getattr(request.node, "cls", None), "_pre_setup")
+
+
+def _has_real_transactions(request: pytest.FixtureRequest) -> bool:
     if TRANSACTIONAL_FIXTURES & set(request.fixturenames):
         return True
     mark = request.node.get_closest_marker("django_db")

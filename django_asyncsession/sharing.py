@@ -7,6 +7,7 @@ a savepoint of that transaction. It blocks outside the bridge and awaits inside,
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import threading
 import time
 import warnings
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from asgiref.local import Local
+from asgiref.sync import SyncToAsync
 from django.core.exceptions import ImproperlyConfigured
 from django.db import connections
 from django.db.transaction import TransactionManagementError
@@ -30,7 +32,7 @@ from .exceptions import (
     SharedConnectionWarning,
 )
 from .interface import IDENTITY, DatabaseInterface, databases
-from .pool import Lease, creation_site, task_name
+from .pool import Lease, Pool, creation_site, task_name
 
 
 class SharedLease(Lease[BridgedMixin]):
@@ -284,6 +286,53 @@ def close_shared() -> None:
     while _wrappers:
         _, (_, wrapper) = _wrappers.popitem()
         wrapper.close()
+
+
+class RealSessions:
+    """Ends what a test with real transactions left open, as emptying the tables would wait for it:
+    sessions, and the connections of Django's own thread."""
+
+    def __init__(self) -> None:
+        # Those of fixtures with a wider scope.
+        self._before = {lease for pool in _pools() for lease in pool.leases}
+        self._ended = {pool for pool in _pools() if pool.is_orphaned}
+
+    def end(self) -> list[str]:
+        """End them, blocking, and say where the sessions were made; to be called before the test
+        case empties the tables."""
+        _close_in_thread()
+        left = []
+        for pool in _pools():
+            if pool in self._ended:
+                continue
+            if pool.is_orphaned:
+                # A loop that has ended with the test has ended its sessions.
+                left += pool.cut_off
+            opened = [lease for lease in pool.leases if lease not in self._before]
+            # A loop that runs in another thread serves its requests to the end.
+            if opened and not pool.is_running:
+                left += [lease.made_at for lease in opened if not lease.lends]
+                pool.close_now()
+        for site in left:
+            warnings.warn(
+                f"a session made at {site} was left open at the end of the test; use `async "
+                "with`, or await session.close()",
+                ResourceWarning,
+                stacklevel=2,
+            )
+        return left
+
+
+def _pools() -> list[Pool[BridgedMixin]]:
+    return [pool for interface in databases.all() for pool in interface.pools]
+
+
+def _close_in_thread() -> None:
+    """Close the connections that Django's own async methods have opened in asgiref's thread, which
+    outlives tests."""
+    closed = SyncToAsync.single_thread_executor.submit(connections.close_all)
+    # What a test left there may keep the thread.
+    concurrent.futures.wait([closed], timeout=END_SECONDS)
 
 
 class SharedStorage:

@@ -32,7 +32,7 @@ from .executor import State
 from .interface import DatabaseInterface, databases
 from .pool import Lease
 from .session import Session
-from .sharing import SharedSource, Sharing
+from .sharing import RealSessions, SharedSource, Sharing
 from .transaction import Transaction
 
 if TYPE_CHECKING:
@@ -92,6 +92,7 @@ class _Lending:
         if isinstance(source, SharedSource):
             return await source.acquire(lends=True)
         lease: Lease[BridgedMixin] = await self._bind.acquire()
+        lease.lends = True
         return lease
 
 
@@ -203,6 +204,20 @@ class AsyncSessionTransactionTestCase(_AsyncMethods, TransactionTestCase):
     For tests of what a savepoint cannot show: isolation, locks, sessions that are open at the same
     time. The rest is as in `AsyncSessionTestCase`.
     """
+
+    _others: RealSessions
+
+    def _callSetUp(self) -> None:
+        self._others = RealSessions()
+        super()._callSetUp()
+
+    def _end_session(self) -> None:
+        try:
+            if self._runner is not None:
+                self._runner.run(self.session.close())
+                self._others.end()
+        finally:
+            super()._end_session()
 
 
 # Statements
@@ -454,7 +469,7 @@ def _all_leases() -> list[Lease[BridgedMixin]]:
 
 
 def _leases(interface: DatabaseInterface) -> list[Lease[BridgedMixin]]:
-    leases = [lease for _, pool in interface._pools.values() for lease in pool._leases]
+    leases = [lease for pool in interface.pools for lease in pool.leases]
     if isinstance(interface.source, SharedSource):
         leases += interface.source.leases
     return leases

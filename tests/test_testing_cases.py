@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import pytest
+from asgiref.sync import sync_to_async
 from django.db import connections, transaction
 from django.test import override_settings
 
@@ -327,3 +328,48 @@ def server_connections(alias: str) -> int:
     with connections[alias].cursor() as cursor:
         cursor.execute(query)
         return int(cursor.fetchone()[0])
+
+
+class InThreads(AsyncSessionTransactionTestCase):
+    __test__ = False
+    alias: ClassVar[str]
+
+    async def test(self) -> None:
+        ran.append("in a thread")
+        self.assertEqual(await User.objects.using(self.alias).acount(), 0)
+        self.assertTrue(await sync_to_async(is_open)(self.alias))
+
+
+def is_open(alias: str) -> bool:
+    return connections[alias].connection is not None
+
+
+def test_the_connection_of_django_s_own_thread_is_closed(alias: str) -> None:
+    """Otherwise the runner could not drop the database in the end."""
+    before = server_connections(alias)
+    check(run(InThreads, alias=alias))
+    assert not asyncio.run(sync_to_async(is_open)(alias))
+    assert server_connections(alias) <= before
+
+
+class RealLeak(AsyncSessionTransactionTestCase):
+    __test__ = False
+    alias: ClassVar[str]
+
+    async def test_1_leaves_a_session_open(self) -> None:
+        ran.append("leaves open")
+        session = databases[self.alias].get_session(begin_on_use=True)
+        await session.add(User(name="x"))
+        ran_sessions.append(session)
+
+    async def test_9_starts_clean(self) -> None:
+        ran.append("starts clean")
+        self.assertEqual(await self.session.fetch_value(COUNT), 0)
+
+
+def test_a_session_on_a_connection_of_its_own_is_ended_and_named(alias: str) -> None:
+    result = run(RealLeak, alias=alias)
+    check(result)
+    (message,) = result.told  # type: ignore[attr-defined]
+    assert "test_testing_cases.py" in message and "was left open" in message
+    ran_sessions.clear()

@@ -199,6 +199,32 @@ async def test_after_it():
     result.assert_outcomes(passed=4)
 
 
+def test_django_s_own_thread_keeps_no_connection(project: pytest.Pytester) -> None:
+    """Of a file: Django keeps an SQLite database in memory open, and a server's could not be
+    dropped."""
+    on_disk = '"x.sqlite3", "TEST": {"NAME": "test.sqlite3"}'
+    project.makepyfile(child_settings=SETTINGS.replace('":memory:"', on_disk, 1))
+    result = run(
+        project,
+        """
+from asgiref.sync import sync_to_async
+from django.db import connections
+
+def is_open():
+    return connections["default"].connection is not None
+
+@pytest.mark.django_db(transaction=True)
+async def test_used():
+    assert await Group.objects.acount() == 0
+    assert await sync_to_async(is_open)()
+
+async def test_closed():
+    assert not await sync_to_async(is_open)()
+""",
+    )
+    result.assert_outcomes(passed=2)
+
+
 def test_without_the_database_no_session_works(project: pytest.Pytester) -> None:
     result = run(
         project,
@@ -265,3 +291,56 @@ def test_what_a_test_leaves_is_ended_and_named(project: pytest.Pytester) -> None
         ["*a session made at *test_it.py:* in test_leaves_a_session_open was left open*"]
     )
     result.stdout.fnmatch_lines(["*a session made at *test_it.py:* in work was left open*"])
+
+
+ON_SERVERS = """
+from tests.settings import *
+
+DATABASES = {{"default": DATABASES["{alias}"]}}
+DATABASES["default"]["TEST"] = {{"NAME": DATABASES["default"]["NAME"] + "_child"}}
+INSTALLED_APPS = ["django.contrib.contenttypes", "django.contrib.auth", "django_asyncsession"]
+ASYNC_SESSION = {{"POOLS": {{"default": {{"max_size": 3}}}}}}
+"""
+REAL_LEAKS = """
+pytestmark = pytest.mark.django_db(transaction=True)
+kept = []
+
+async def test_leaves_a_session_open():
+    session = databases["default"].get_session(begin_on_use=True)
+    await session.add(Group(name="x"))
+    kept.append(session)
+
+def test_closes_its_loop_early():
+    session = databases["default"].get_session(begin_on_use=True)
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(session.add(Group(name="x")))
+    loop.close()
+    kept.append(session)
+
+async def test_leaves_its_own_session_open(async_session):
+    await async_session.add(Group(name="x"))
+
+async def test_starts_clean():
+    assert await Group.objects.acount() == 0
+    async with databases["default"].get_session() as session:
+        assert await session.fetch_value(COUNT) == 0
+"""
+
+
+@pytest.mark.parametrize("scope", ["function", "session"])
+def test_with_real_transactions_what_a_test_leaves_is_ended_and_named(
+    project: pytest.Pytester, alias: str, scope: str
+) -> None:
+    """Emptying the tables would wait for it, for ever on PostgreSQL."""
+    project.makepyfile(child_settings=ON_SERVERS.format(alias=alias))
+    given = ("-W", "default::ResourceWarning", "-o", f"asyncio_default_test_loop_scope={scope}")
+    result = run(project, REAL_LEAKS, *given)
+    result.assert_outcomes(passed=4, warnings=2)
+    for name in ("test_leaves_a_session_open", "test_closes_its_loop_early"):
+        result.stdout.fnmatch_lines([f"*a session made at *test_it.py:* in {name} was left open*"])
+
+
+def test_each_database(project: pytest.Pytester, alias: str) -> None:
+    project.makepyfile(child_settings=ON_SERVERS.format(alias=alias))
+    mark = "pytestmark = [pytest.mark.asyncio(loop_scope='module')]"
+    run(project, TWICE.format(mark=mark)).assert_outcomes(passed=3)
