@@ -52,6 +52,7 @@ LIFETIME_SPREAD = 0.1
 _OURS = (str(Path(__file__).parent) + os.sep, contextlib.__file__)
 # Those of who only runs the one who asked: the event loop, threads, Django, `python -m`.
 _AROUND = (
+    *_OURS,
     *(str(Path(str(m.__file__)).parent) + os.sep for m in (asyncio, asgiref, django)),
     threading.__file__,
     "<frozen ",
@@ -775,7 +776,7 @@ def creation_site() -> str:
     and Django, if there is one."""
     here = sys._getframe(1)
     nearest = _outside(here, _OURS) or here
-    frame = _outside(nearest, (*_OURS, *_AROUND)) or nearest
+    frame = _outside(nearest, _AROUND) or nearest
     return f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
 
 
