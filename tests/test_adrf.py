@@ -25,6 +25,7 @@ from rest_framework.response import Response
 from django_asyncsession import Session, databases, inject_session, keep_thread, native
 from tests.models import Author, Book, Tag, User
 from tests.sessions import names, whole
+from tests.threads import sent_to_threads
 
 MIDDLEWARE = ["django_asyncsession.middleware.AsyncSessionMiddleware"]
 NATIVE = {"NATIVE_ORM": True}
@@ -134,16 +135,7 @@ without_threads = pytest.mark.parametrize("mode", ALL[2:], ids=["all"], indirect
 @pytest.fixture
 def threads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the functions that went to a thread."""
-    called: list[str] = []
-    in_thread = SyncToAsync.__call__
-
-    async def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.func.__qualname__ not in NOT_COUNTED:
-            called.append(self.func.__qualname__)
-        return await in_thread(self, *args, **kwargs)
-
-    monkeypatch.setattr(SyncToAsync, "__call__", call)
-    return called
+    return sent_to_threads(monkeypatch, lambda fn: fn.__qualname__ not in NOT_COUNTED)
 
 
 class Client(AsyncClient):

@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any, ClassVar
 
 import pytest
-from asgiref.sync import SyncToAsync
 from channels.consumer import AsyncConsumer
 from channels.db import database_sync_to_async
 from channels.generic.http import AsyncHttpConsumer
@@ -42,6 +41,7 @@ from django_asyncsession import (
 from tests.communicators import HttpCommunicator, WebsocketCommunicator
 from tests.models import Tag, User
 from tests.sessions import names, whole
+from tests.threads import sent_to_threads
 
 NATIVE = {"NATIVE_ORM": True}
 LAYERS = {"default": {"BACKEND": "channels.layers.InMemoryChannelLayer"}}
@@ -316,14 +316,7 @@ async def test_a_handler_may_commit_the_session_of_the_connection(
 async def test_in_native_mode_djangos_async_methods_use_the_messages_session(
     default: DatabaseInterface, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    called: list[str] = []
-    in_thread = SyncToAsync.__call__
-
-    async def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        called.append(self.func.__qualname__)
-        return await in_thread(self, *args, **kwargs)
-
-    monkeypatch.setattr(SyncToAsync, "__call__", call)
+    called = sent_to_threads(monkeypatch)
 
     class Consumer(Register):
         async def and_then(self, content: Any) -> None:

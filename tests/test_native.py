@@ -58,6 +58,7 @@ from django_asyncsession import (
 from django_asyncsession.routes import ROUTES
 from tests.models import Author, Book, Tag, User
 from tests.sessions import names, whole
+from tests.threads import sent_to_threads
 
 # In one transaction on each; a test that is about connections has them from the pools.
 two_databases = pytest.mark.django_db(databases=["default", "sqlite"])
@@ -72,15 +73,7 @@ def native_mode() -> Iterator[None]:
 @pytest.fixture
 def threads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the functions that went to a thread."""
-    called: list[str] = []
-    in_thread = SyncToAsync.__call__
-
-    async def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        called.append(self.func.__qualname__)
-        return await in_thread(self, *args, **kwargs)
-
-    monkeypatch.setattr(SyncToAsync, "__call__", call)
-    return called
+    return sent_to_threads(monkeypatch)
 
 
 # Django's async methods

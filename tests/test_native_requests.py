@@ -15,7 +15,7 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
-from asgiref.sync import SyncToAsync, sync_to_async
+from asgiref.sync import sync_to_async
 from django.contrib.auth import alogin
 from django.contrib.auth.decorators import permission_required
 from django.contrib.auth.models import User as Account
@@ -27,6 +27,7 @@ from django.urls import path
 from django_asyncsession import Session, databases, inject_session, native
 from django_asyncsession.scope import RequestScope
 from tests.models import Author, Book, Tag, User
+from tests.threads import sent_to_threads
 
 MIDDLEWARE = [
     "django_asyncsession.middleware.AsyncSessionMiddleware",
@@ -166,16 +167,10 @@ only_atomic = pytest.mark.parametrize("native_mode", [True], ids=["atomic"], ind
 def threads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the functions, other than parts of middleware, that went to a thread inside a
     request."""
-    called: list[str] = []
-    in_thread = SyncToAsync.__call__
-
-    async def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if native.current() is not None and self.func.__name__ not in NOT_COUNTED:
-            called.append(self.func.__qualname__)
-        return await in_thread(self, *args, **kwargs)
-
-    monkeypatch.setattr(SyncToAsync, "__call__", call)
-    return called
+    return sent_to_threads(
+        monkeypatch,
+        lambda fn: native.current() is not None and fn.__name__ not in NOT_COUNTED,
+    )
 
 
 def names(alias: str = "default") -> list[str]:

@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from asgiref.sync import SyncToAsync
 from django.db import transaction
 from django.http import HttpRequest
 from django.shortcuts import aget_list_or_404, aget_object_or_404
@@ -23,6 +22,7 @@ from ninja.security import HttpBearer
 from django_asyncsession import Session, databases, inject_session, rollback_request
 from tests.models import Author, Book, User
 from tests.sessions import names, whole
+from tests.threads import sent_to_threads
 
 MIDDLEWARE = ["django_asyncsession.middleware.AsyncSessionMiddleware"]
 pytestmark = pytest.mark.usefixtures("empty_tables")
@@ -170,16 +170,7 @@ in_native_mode = pytest.mark.parametrize("mode", [NATIVE], ids=["native"], indir
 @pytest.fixture
 def threads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the functions that went to a thread."""
-    called: list[str] = []
-    in_thread = SyncToAsync.__call__
-
-    async def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.func.__qualname__ not in NOT_COUNTED:
-            called.append(self.func.__qualname__)
-        return await in_thread(self, *args, **kwargs)
-
-    monkeypatch.setattr(SyncToAsync, "__call__", call)
-    return called
+    return sent_to_threads(monkeypatch, lambda fn: fn.__qualname__ not in NOT_COUNTED)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from types import MappingProxyType
 from typing import Any
 
 import pytest
-from asgiref.sync import SyncToAsync, iscoroutinefunction, markcoroutinefunction, sync_to_async
+from asgiref.sync import iscoroutinefunction, markcoroutinefunction, sync_to_async
 from django import forms
 from django.conf import settings
 from django.contrib.auth.decorators import login_required
@@ -66,6 +66,7 @@ from django_asyncsession.views import (
 )
 from tests.models import Author, Book, Tag, Upload, User
 from tests.sessions import slow, soon, whole
+from tests.threads import sent_to_threads
 
 pytestmark = pytest.mark.usefixtures("empty_tables")
 
@@ -623,16 +624,7 @@ async def closing() -> AsyncIterator[None]:
 @pytest.fixture
 def threads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the functions, other than those around views, that went to a thread."""
-    called: list[str] = []
-    in_thread = SyncToAsync.__call__
-
-    async def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.func.__name__ not in AROUND:
-            called.append(self.func.__qualname__)
-        return await in_thread(self, *args, **kwargs)
-
-    monkeypatch.setattr(SyncToAsync, "__call__", call)
-    return called
+    return sent_to_threads(monkeypatch, lambda fn: fn.__name__ not in AROUND)
 
 
 @pytest.fixture
