@@ -27,13 +27,14 @@ class AsyncSessionConfig(AppConfig):
         import_engines(engines)
 
     def ready(self) -> None:
-        """Answer Django's guards, before anything connects; register the system checks, and turn
-        native mode on if it is set."""
-        from . import checks  # noqa: F401
+        """Answer Django's guards and `connections`, before anything connects; register the system
+        checks, and turn native mode on if it is set."""
+        from . import checks, connections  # noqa: F401
         from .bridge import answer_async_guards
         from .native import follow_settings
         from .rows import blocked_access
 
         answer_async_guards(blocked_access)
+        connections.install()
         follow_settings()
         setting_changed.connect(follow_settings)

@@ -28,11 +28,18 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class _Bridge(greenlet):
-    """The greenlet that sync code runs in; `closing` once nothing can be awaited for it any
-    more."""
+class Bridge(greenlet):
+    """The greenlet that sync code runs in."""
 
+    # Nothing can be awaited for it any more.
     closing = False
+    # The connection that the code in it was given, if it was given one.
+    wrapper: Any = None
+
+    def connection(self, alias: str) -> Any:
+        """What `django.db.connections` answers to the code in this greenlet; None where that is
+        nobody's business but Django's."""
+        return None if self.wrapper is None else self.wrapper.for_alias(alias)
 
 
 async def run(fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -47,7 +54,7 @@ async def run(fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
     Raises:
         Whatever `fn` raises.
     """
-    bridge = _Bridge(_call)
+    bridge = Bridge(_call)
     # The same context object, not a copy: what `fn` sets, the caller sees.
     bridge.gr_context = getcurrent().gr_context
     thread = threading.get_ident()
@@ -85,14 +92,14 @@ def _call(fn: Callable[..., T], args: Any, kwargs: Any) -> T | None:
     try:
         return fn(*args, **kwargs)
     except Exception:
-        if not cast(_Bridge, getcurrent()).closing:
+        if not cast(Bridge, getcurrent()).closing:
             raise
         # Nobody waits for the outcome any more, and GeneratorExit must not be replaced.
         logger.warning("error ignored in sync code whose run() was closed", exc_info=True)
         return None
 
 
-def _unwind(bridge: _Bridge) -> None:
+def _unwind(bridge: Bridge) -> None:
     """End `bridge` with GeneratorExit."""
     with contextlib.suppress(GeneratorExit):
         # Not the caught one: its traceback would hold this frame, and this frame it.
@@ -162,7 +169,7 @@ class _Step(Awaitable[Any]):
 
 def in_bridge() -> bool:
     """True in sync code that `run` called, where `await_` works."""
-    return isinstance(getcurrent(), _Bridge)
+    return isinstance(getcurrent(), Bridge)
 
 
 def get_running_loop() -> asyncio.AbstractEventLoop:

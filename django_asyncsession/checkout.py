@@ -14,7 +14,8 @@ from typing import Protocol, TypeVar
 from django.db import OperationalError
 
 from . import bridge
-from .backends.base import BridgedMixin, TransactionState, call_served
+from .backends.base import BridgedMixin, TransactionState
+from .connections import call_with
 from .exceptions import SessionClosedError
 from .pool import Lease
 
@@ -166,7 +167,7 @@ class Checkout:
 async def _call(wrapper: BridgedMixin, fn: Callable[[], T]) -> T:
     before = cancels()
     try:
-        result: T = await bridge.run(call_served, wrapper, fn)
+        result: T = await bridge.run(call_with, wrapper, fn)
     except Exception as exc:
         if wrapper.cut and cancels() > before:
             # The task was cancelled in the call, and what unwound raised something else.
@@ -181,7 +182,7 @@ async def _reset(wrapper: BridgedMixin) -> bool:
         return False
     try:
         async with asyncio.timeout(CLEANUP_BUDGET):
-            await bridge.run(call_served, wrapper, partial(_clean, wrapper))
+            await bridge.run(call_with, wrapper, partial(_clean, wrapper))
     except Exception as exc:
         logger.warning(
             "a connection of %r could not be reset and is closed: %s", wrapper.alias, exc

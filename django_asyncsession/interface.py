@@ -17,9 +17,10 @@ from django.db import connections
 from django.db.utils import ConnectionHandler
 
 from . import bridge
-from .backends.base import BridgedMixin, Secret, bridged_class, call_served, make_wrapper
+from .backends.base import BridgedMixin, Secret, bridged_class, make_wrapper
 from .checkout import Source
 from .conf import settings
+from .connections import call_with
 from .exceptions import ConfigurationError, UnknownAlias
 from .pool import COUNTERS, Lease, Pool, PoolOptions
 from .session import Session
@@ -185,7 +186,7 @@ class DatabaseInterface:
     async def _open_connection(self) -> BridgedMixin:
         wrapper = make_wrapper(self.alias, self._settings_dict)
         try:
-            await bridge.run(wrapper.open)
+            await bridge.run(call_with, wrapper, wrapper.open)
         except BaseException:
             # Connected, but not set up (a role that does not exist): nobody else would close it.
             bridge.discard(_close(wrapper))
@@ -354,7 +355,7 @@ os.register_at_fork(after_in_child=databases.forget_pools)
 
 
 async def _is_usable(wrapper: BridgedMixin) -> bool:
-    return await bridge.run(call_served, wrapper, wrapper.is_usable)
+    return await bridge.run(call_with, wrapper, wrapper.is_usable)
 
 
 def _close(wrapper: BridgedMixin) -> Awaitable[None] | None:

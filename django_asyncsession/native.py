@@ -71,24 +71,6 @@ def _routed(route: Route) -> Callable[..., Any]:
     return sync_to_async
 
 
-class NativeConnections(type(connections)):  # type: ignore[misc]
-    """`django.db.connections` that gives code which sessions serve their connections, when it asks
-    for them."""
-
-    def __getitem__(self, alias: str) -> Any:
-        """The connection of an alias."""
-        call = current_call()
-        return super().__getitem__(alias) if call is None else call.connection(alias)
-
-    def all(self, initialized_only: bool = False) -> list[Any]:
-        """All connections. Those of sessions are not among the initialized ones, which Django
-        closes, and whose list of queries it empties, when a request begins and ends."""
-        if initialized_only and current_call() is not None:
-            return []
-        found: list[Any] = super().all(initialized_only)
-        return found
-
-
 class _SessionConnection:
     """What `django.db.transaction` gets as the connection in async code that has a current session:
     callbacks and the wish to roll back are the session's."""
@@ -210,7 +192,6 @@ def install() -> None:
         _replace(dispatcher, "_run_parallel", _run_receivers)
     else:
         _replace(dispatcher, "asyncio", _DispatcherAsyncio)
-    _replace(connections, "__class__", NativeConnections)
 
 
 def _replace(holder: Any, name: str, value: Any) -> None:

@@ -326,7 +326,7 @@ class _Wanted:
         self.alias = alias
 
 
-class Call(bridge._Bridge):
+class Call(bridge.Bridge):
     """The greenlet that sync code runs in. What it awaits, and the connections it asks for, it
     gets from the greenlet it runs below; that changes with each connection it takes."""
 

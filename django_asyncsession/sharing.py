@@ -22,9 +22,10 @@ from django.db import connections
 from django.db.transaction import TransactionManagementError
 
 from . import bridge
-from .backends.base import BridgedMixin, TransactionState, call_served, make_wrapper
+from .backends.base import BridgedMixin, TransactionState, make_wrapper
 from .backends.shared import END_SECONDS, TURN_SECONDS, Exclusive, SharedMixin, over, shared_class
 from .checkout import taken
+from .connections import call_with
 from .exceptions import (
     ConfigurationError,
     PoolTimeout,
@@ -64,7 +65,7 @@ class SharedLease(Lease[BridgedMixin]):
         """End the session's savepoint, if it is open, and the turn."""
         try:
             if self._is_unfinished:
-                await bridge.run(call_served, self.connection, self._end)
+                await bridge.run(call_with, self.connection, self._end)
         finally:
             self.release()
 

@@ -20,7 +20,7 @@ ROOT = Path(django_asyncsession.__file__).parent
 LAYERS = [
     {"exceptions", "conf", "signals"},
     {"bridge", "results", "columns", "statements"},
-    {"tables", "backends", "pool", "queries", "rows", "writes", "turns"},
+    {"tables", "backends", "connections", "pool", "queries", "rows", "writes", "turns"},
     {"checkout", "hooks", "blocks", "executor"},
     {"transaction", "parallel"},
     {"session"},

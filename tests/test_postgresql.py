@@ -37,7 +37,8 @@ from django.db.models.functions import Coalesce, Concat, Lower, Now, TruncMonth,
 from django.db.utils import load_backend
 
 from django_asyncsession import DatabaseInterface, Session, bridge, databases
-from django_asyncsession.backends.base import BridgedMixin, served
+from django_asyncsession.backends.base import BridgedMixin
+from django_asyncsession.connections import call_with
 from django_asyncsession.exceptions import PoolError, SessionClosedError
 from tests.faults import (
     SERVER,
@@ -498,13 +499,13 @@ async def test_our_engine_awaits_in_the_bridge_although_nobody_pooled_it() -> No
     )
 
     def use() -> None:
-        # Receivers of connection_created ask for the connection of the alias.
-        with served(wrapper), wrapper.cursor() as cursor:
+        with wrapper.cursor() as cursor:
             cursor.execute("SELECT pg_sleep(0.2)")
 
     try:
         async with LoopProbe() as probe:
-            await bridge.run(use)
+            # Receivers of connection_created ask for the connection of the alias.
+            await bridge.run(call_with, wrapper, use)
         assert probe.worst < 0.1
     finally:
         await bridge.run(wrapper.close)

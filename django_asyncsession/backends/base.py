@@ -9,8 +9,8 @@ import enum
 import inspect
 import logging
 import weakref
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Awaitable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -24,7 +24,7 @@ from django.db.utils import DatabaseErrorWrapper, Error, OperationalError, load_
 from django.utils.functional import cached_property
 from greenlet import getcurrent, greenlet
 
-from django_asyncsession.bridge import await_, in_bridge
+from django_asyncsession.bridge import await_
 from django_asyncsession.exceptions import AliasNotInSession, ConfigurationError, SessionClosedError
 from django_asyncsession.statements import change_in
 
@@ -261,8 +261,7 @@ class BridgedMixin(_Wrapper):
         """Connect; called in the bridge by the pool, once."""
         self._opening = True
         try:
-            with served(self):
-                self.ensure_connection()
+            self.ensure_connection()
         finally:
             self._opening = False
         # What was set while connecting is what every lease begins with.
@@ -292,6 +291,13 @@ class BridgedMixin(_Wrapper):
         for name in SECRET_OPTIONS & params.keys():
             params[name] = _secret(params[name])
         return params
+
+    def for_alias(self, alias: str) -> Any:
+        """What stands for `alias` in the call that this connection is given to; None for an alias
+        that DATABASES does not have."""
+        if alias == self.alias:
+            return self
+        return refusing(alias) if alias in connections.settings else None
 
     @property
     def is_served_here(self) -> bool:
@@ -566,45 +572,6 @@ def _secret(value: Any) -> Any:
     return Secret(value) if isinstance(value, str) else value
 
 
-@contextmanager
-def served(wrapper: BridgedMixin) -> Iterator[None]:
-    """Make `wrapper` the connection of its alias, and every other alias one that refuses, for the
-    current context."""
-    outer = wrapper.serving
-    wrapper.serving = weakref.ref(getcurrent())
-    changed: list[tuple[str, Any]] = []
-    try:
-        for alias in connections:
-            current = _stored(alias)
-            if alias == wrapper.alias:
-                replacement: Any = wrapper
-            elif isinstance(current, BridgedMixin) and current.serving is not None:
-                continue  # served by a call of the same task that this one is nested in
-            else:
-                replacement = refusing(alias)
-            changed.append((alias, current))
-            connections[alias] = replacement
-        if wrapper.alias not in connections.settings:
-            changed.append((wrapper.alias, _stored(wrapper.alias)))
-            connections[wrapper.alias] = wrapper
-        yield
-    finally:
-        wrapper.serving = outer
-        for alias, previous in changed:
-            if previous is None:
-                # What was called may have removed it.
-                with suppress(AttributeError):
-                    del connections[alias]
-            else:
-                connections[alias] = previous
-
-
-def _stored(alias: str) -> Any:
-    """What `django.db.connections` holds for the alias in this context, without making a
-    connection."""
-    return getattr(connections._connections, alias, None)  # type: ignore[attr-defined]
-
-
 class RefusingMixin(_Wrapper):
     """A wrapper that never connects, for the aliases that a session does not own."""
 
@@ -711,13 +678,3 @@ def _masked(settings_dict: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(place.get(name), str):
             place[name] = Secret(place[name])
     return own
-
-
-def call_served(wrapper: BridgedMixin, fn: Callable[[], Any]) -> Any:
-    """Call `fn` with `wrapper` as its alias's connection; to be run in the bridge."""
-    if not in_bridge():
-        raise SessionClosedError(
-            f"the connection of {wrapper.alias!r} is served in the bridge only"
-        )
-    with served(wrapper):
-        return fn()

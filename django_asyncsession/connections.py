@@ -1,0 +1,69 @@
+"""The one place that answers what `django.db.connections[alias]` is: it asks the running call."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from django.db import connections
+from greenlet import getcurrent
+
+from .backends.base import BridgedMixin
+from .bridge import Bridge, in_bridge
+from .exceptions import SessionClosedError
+
+T = TypeVar("T")
+
+
+class Connections(type(connections)):  # type: ignore[misc]
+    """`django.db.connections`: in sync code that a session runs it gives that session's connection,
+    and everywhere else what Django gives."""
+
+    def __getitem__(self, alias: str) -> Any:
+        """The connection of an alias."""
+        call = getcurrent()
+        if isinstance(call, Bridge) and (wrapper := call.connection(alias)) is not None:
+            return wrapper
+        return super().__getitem__(alias)
+
+    def __delitem__(self, alias: str) -> None:
+        """Forget the connection of an alias; a session's is not Django's to forget."""
+        if not in_bridge():
+            super().__delitem__(alias)
+
+    def all(self, initialized_only: bool = False) -> list[Any]:
+        """All connections. Those of sessions are not among the initialized ones, which Django
+        closes, and whose list of queries it empties, when a request begins and ends."""
+        if initialized_only and in_bridge():
+            return []
+        found: list[Any] = super().all(initialized_only)
+        return found
+
+
+def install() -> None:
+    """Let Django's own `connections` ask the running call; called once, when Django starts."""
+    if not isinstance(connections, Connections):
+        connections.__class__ = Connections
+
+
+def call_with(wrapper: BridgedMixin, fn: Callable[[], T]) -> T:
+    """Call `fn` with `wrapper` as the connection of its alias, and every other alias refused.
+
+    Raises:
+        SessionClosedError: outside the bridge.
+        Whatever `fn` raises.
+    """
+    call = getcurrent()
+    if not isinstance(call, Bridge):
+        raise SessionClosedError(
+            f"the connection of {wrapper.alias!r} works in the bridge only; use session.run_sync()"
+        )
+    outer, given = wrapper.serving, call.wrapper
+    wrapper.serving, call.wrapper = weakref.ref(call), wrapper
+    try:
+        return fn()
+    finally:
+        wrapper.serving, call.wrapper = outer, given
+        # A traceback keeps this frame, which must not keep the greenlet.
+        del call
