@@ -92,8 +92,8 @@ def _loading_handler(frame: FrameType | None) -> BaseHandler | None:
     """The handler that is loading its middleware, found up the stack: Django does not tell a
     middleware."""
     while frame is not None:
-        if frame.f_code is BaseHandler.load_middleware.__code__:
-            handler: BaseHandler = frame.f_locals["self"]
+        # Not by the function's code: error trackers put one of their own around `load_middleware`.
+        if isinstance(handler := frame.f_locals.get("self"), BaseHandler):
             return handler
         frame = frame.f_back
     return None

@@ -16,6 +16,7 @@ import django
 import pytest
 from django.core.exceptions import PermissionDenied, SuspiciousOperation
 from django.core.handlers.asgi import ASGIHandler
+from django.core.handlers.base import BaseHandler
 from django.db import DatabaseError, IntegrityError
 from django.http import Http404, HttpRequest, HttpResponse, StreamingHttpResponse
 from django.template.response import TemplateResponse
@@ -253,6 +254,22 @@ async def test_rolls_back_when_an_inner_middleware_raises(quiet: AsyncClient, sa
     with override_settings(MIDDLEWARE=[*MIDDLEWARE, f"{__name__}.RaisesAfterTheView"]):
         assert (await quiet.get("/add/")).status_code == 500
     assert await saved() == []
+
+
+@pytest.mark.usefixtures("database")
+async def test_a_tool_may_wrap_how_django_loads_middleware(
+    quiet: AsyncClient, saved: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = BaseHandler.load_middleware
+
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        load(*args, **kwargs)
+
+    monkeypatch.setattr(BaseHandler, "load_middleware", wrapped)
+    with override_settings(MIDDLEWARE=[*MIDDLEWARE, f"{__name__}.AnswersExceptions"]):
+        assert (await quiet.get("/add/")).status_code == 200
+        assert (await quiet.get("/value-error/")).status_code == 200
+    assert await saved() == ["added"]
 
 
 def sync_only(get_response: Any) -> Any:
