@@ -54,6 +54,8 @@ class Checkout:
         # The time limit of the call that runs, and what it raises when `stop` ends it.
         self._limit: asyncio.Timeout | None = None
         self._stopped_with: Exception | None = None
+        # The server did not answer in time.
+        self._is_unanswered = False
 
     @property
     def is_taken(self) -> bool:
@@ -72,6 +74,11 @@ class Checkout:
             self._lease.connection.abandoned
             or self._lease.connection.transaction_state is TransactionState.UNKNOWN
         )
+
+    @property
+    def _is_server_gone(self) -> bool:
+        """Whether it was not this side that ended the connection."""
+        return self._is_unanswered or (self.is_lost and not self.wrapper.cut)
 
     @property
     def wrapper(self) -> BridgedMixin:
@@ -124,6 +131,7 @@ class Checkout:
 
     def _reason(self, budget: float | None) -> Exception:
         error, self._stopped_with = self._stopped_with, None
+        self._is_unanswered = error is None
         return error or OperationalError(
             f"{self._database.alias!r} did not answer within {budget} s, so its connection is "
             "closed"
@@ -137,6 +145,7 @@ class Checkout:
 
     async def give_back(self) -> None:
         """Return the connection to its pool, reset; or close it when its state is not certain."""
+        lost = self.is_taken and self._is_server_gone
         lease, self._lease = self._lease, None
         if lease is None:
             return
@@ -150,7 +159,7 @@ class Checkout:
             wrapper.lease = None
             # A closed one too: an error that it keeps would keep the frames of its caller.
             wrapper.scrub()
-            lease.release(usable=usable)
+            lease.release(usable=usable, lost=lost)
 
     def abandon(self) -> None:
         """Close the connection without awaiting."""

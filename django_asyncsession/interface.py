@@ -167,6 +167,7 @@ class DatabaseInterface:
             name=self.alias,
             options=self._pool_options(),
             is_permanent=self._wrapper_class.is_permanent,
+            is_quiet=lambda wrapper: wrapper.is_quiet(),
         )
 
     def _drop_dead_pools(self) -> None:

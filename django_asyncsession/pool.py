@@ -15,6 +15,7 @@ import contextvars
 import copy
 import dataclasses
 import logging
+import math
 import os
 import random
 import sys
@@ -22,7 +23,7 @@ import threading
 import time
 import warnings
 import weakref
-from collections import Counter, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator
 from functools import partial
 from numbers import Real
@@ -45,9 +46,15 @@ C = TypeVar("C")
 CLOSE_BUDGET = 2.0
 # Seconds between attempts to connect after a failure: doubled each time, between these bounds.
 BACKOFF_MIN, BACKOFF_MAX = 0.1, 2.0
+# Seconds that one attempt to connect may take before another one is made beside it.
+PATIENCE = 1.0
+# Waiting callers whose time is up and who are told so before the event loop goes on with others.
+TOLD_AT_ONCE = 100
 # A connection lives between 90 and 100 % of max_lifetime, so that those opened together do not
 # expire together.
 LIFETIME_SPREAD = 0.1
+# Said to a task that waits for itself.
+NESTED = " (nested acquire: this task holds one already)"
 # Frames that say nothing of who asked: this package's own, and those of `async with`.
 _OURS = (str(Path(__file__).parent) + os.sep, contextlib.__file__)
 # Those of who only runs the one who asked: the event loop, threads, Django, `python -m`.
@@ -98,9 +105,10 @@ class PoolOptions:
             if isinstance(value, bool) or not isinstance(value, kind):
                 raise ConfigurationError(f"pool option {name} is {value!r}; give a number")
         for name in ("timeout", "max_lifetime", "max_idle", "reconnect_timeout"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise ConfigurationError(
-                    f"pool option {name} is {getattr(self, name)!r}; give seconds above 0"
+                    f"pool option {name} is {getattr(self, name)!r}; give seconds above 0, and "
+                    "not infinite"
                 )
         if self.min_size < 0 or self.max_waiting < 0 or self.limit < max(1, self.min_size):
             raise ConfigurationError(
@@ -137,12 +145,17 @@ class Lease(Generic[C]):
         pool._leases.add(self)
         self.released = False
 
-    def release(self, *, usable: bool = True) -> None:
+    def release(self, *, usable: bool = True, lost: bool = False) -> None:
         """Give the connection back; when it is not `usable` it is closed. A second call does
-        nothing."""
+        nothing.
+
+        Args:
+            lost: the server closed it, or did not answer, so the idle ones are asked whether they
+                still work.
+        """
         if not self.released:
             self.released = True
-            self._pool._take_back(self, usable)
+            self._pool._take_back(self, usable, lost)
 
     async def turn(self) -> None:
         """Wait for the turn to use a shared connection."""
@@ -188,6 +201,8 @@ class Pool(Generic[C]):
             done, or None.
         is_permanent: whether an error of `connect` would only come again, so that all who wait are
             told at once.
+        is_quiet: whether nothing came from the server since the connection is idle, neither its end
+            nor anything else. It is asked at each checkout, so it must neither wait nor send.
         name: what messages call the pool.
         options: sizes and times.
     """
@@ -201,21 +216,29 @@ class Pool(Generic[C]):
         name: str,
         options: PoolOptions,
         is_permanent: Callable[[BaseException], bool] = lambda error: False,
+        is_quiet: Callable[[C], bool] = lambda connection: True,
     ) -> None:
         self._connect, self._check, self._close = connect, check, close
-        self._is_permanent = is_permanent
+        self._is_permanent, self._is_quiet = is_permanent, is_quiet
         self.name, self.options = name, options
         self._loop = asyncio.get_running_loop()
         self._idle: deque[_Entry[C]] = deque()
-        self._waiters: deque[asyncio.Future[_Entry[C]]] = deque()
+        self._waiters: OrderedDict[asyncio.Future[_Entry[C]], None] = OrderedDict()
+        # Those whose time is up, with how long they waited and the name of their task.
+        self._overdue: deque[tuple[asyncio.Future[_Entry[C]], float, str]] = deque()
         self._leases: weakref.WeakSet[Lease[C]] = weakref.WeakSet()
         # Where the sessions were made whose connections were closed under them.
         self.cut_off: list[str] = []
-        # Places taken: idle, leased, being opened and being closed.
+        # Places taken: idle, leased, being opened, checked and closed.
         self._size = self._opening = self._leased = 0
         # Callers that keep a connection while they wait for another one.
         self._keeping = 0
         self._openers: set[asyncio.Task[None]] = set()
+        # Those that wait for the server, the oldest first, and since when.
+        self._connecting: dict[asyncio.Task[None], float] = {}
+        self._patience = PATIENCE
+        self._next_try: asyncio.TimerHandle | None = None
+        self._checkers: set[asyncio.Task[None]] = set()
         self._finishers: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._sentinel: AsyncGenerator[None, None] | None = None
@@ -265,7 +288,7 @@ class Pool(Generic[C]):
             if not self.options.check or await self._is_healthy(lease, deadline):
                 return lease
             self._counts["connections_lost"] += 1
-            lease.release(usable=False)
+            lease.release(usable=False, lost=True)
             del lease
 
     @contextlib.contextmanager
@@ -326,7 +349,7 @@ class Pool(Generic[C]):
     async def _settle(self) -> None:
         """Wait for what the pool's own tasks still do, but not for long."""
         deadline = self._loop.time() + CLOSE_BUDGET
-        while (tasks := self._openers | self._finishers) and (
+        while (tasks := self._openers | self._checkers | self._finishers) and (
             left := deadline - self._loop.time()
         ) > 0:
             await asyncio.wait(tasks, timeout=left)
@@ -340,8 +363,9 @@ class Pool(Generic[C]):
         """Close the pool and all its connections now, without awaiting; safe when the loop is
         already closed."""
         self.closed = True
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in (self._timer, self._next_try):
+            if timer is not None:
+                timer.cancel()
         self._fail_waiters(lambda: PoolClosed(f"the pool of {self.name!r} was closed"))
         while self._idle:
             self._discard(self._idle.popleft())
@@ -350,7 +374,7 @@ class Pool(Generic[C]):
                 self.cut_off.append(lease.made_at)
             lease.release(usable=False)
         if self._can_spawn():
-            for task in self._openers:
+            for task in self._openers | self._checkers:
                 task.cancel()
 
     def close_now(self) -> None:
@@ -430,9 +454,12 @@ class Pool(Generic[C]):
         now = time.monotonic()
         while self._idle and not self._waiters:
             entry = self._idle.pop()
-            if entry.expires > now:
+            if entry.expires <= now:
+                self._discard(entry)
+            elif self._is_quiet(entry.connection):
                 return entry
-            self._discard(entry)
+            else:
+                self._check_idle(entry)
         return None
 
     async def _wait(self, deadline: float) -> _Entry[C]:
@@ -453,11 +480,16 @@ class Pool(Generic[C]):
         self._counts["requests_queued"] += 1
         started = time.monotonic()
         waiter: asyncio.Future[_Entry[C]] = self._loop.create_future()
-        self._waiters.append(waiter)
+        self._waiters[waiter] = None
         self._maybe_open()
         seconds = deadline - started
         timer = self._loop.call_at(
-            self._loop.time() + seconds, self._time_out, waiter, seconds, task_name()
+            self._loop.time() + seconds,
+            self._time_out,
+            waiter,
+            seconds,
+            task_name(),
+            context=contextvars.Context(),
         )
         try:
             return await waiter
@@ -467,38 +499,49 @@ class Pool(Generic[C]):
                 # Cancelled in the very tick in which the connection was handed over: it goes to
                 # the next.
                 self._put(waiter.result())
-            elif waiter in self._waiters:
-                self._waiters.remove(waiter)
+            else:
+                self._waiters.pop(waiter, None)
             raise
         finally:
             timer.cancel()
             self._counts["requests_wait_ms"] += round((time.monotonic() - started) * 1000)
 
     def _time_out(self, waiter: asyncio.Future[_Entry[C]], seconds: float, task: str) -> None:
-        if waiter.done():
-            return
-        error = PoolTimeout(
-            f"no connection to {self.name!r} within {seconds:.1f} s, "
-            f"{self._usage()}{self._longest_holder(task)}; "
-            'raise OPTIONS["pool"]["max_size"] or shorten transactions'
-        )
-        error.__cause__ = self._failure
-        waiter.set_exception(error)
-        self._waiters.remove(waiter)
+        if not self._overdue:
+            self._loop.call_soon(self._tell_overdue, context=contextvars.Context())
+        self._overdue.append((waiter, seconds, task))
+
+    def _tell_overdue(self) -> None:
+        """Tell some whose time is up, and come again for the others: thousands at once would hold
+        up the event loop."""
+        holder, holders = self._longest_holder()
+        for _ in range(min(TOLD_AT_ONCE, len(self._overdue))):
+            waiter, seconds, task = self._overdue.popleft()
+            if waiter.done():
+                continue
+            error = PoolTimeout(
+                f"no connection to {self.name!r} within {seconds:.1f} s, {self._usage()}{holder}"
+                f"{NESTED if task in holders else ''}; "
+                'raise OPTIONS["pool"]["max_size"] or shorten transactions'
+            )
+            error.__cause__ = self._failure
+            waiter.set_exception(error)
+            del self._waiters[waiter]
+        if self._overdue:
+            self._loop.call_soon(self._tell_overdue, context=contextvars.Context())
 
     def _usage(self) -> str:
         return f"{self._leased} of {self.options.limit} in use, {len(self._waiters)} waiting"
 
-    def _longest_holder(self, waiting: str) -> str:
-        leases = sorted(self._leases, key=lambda lease: lease.since)
+    def _longest_holder(self) -> tuple[str, set[str]]:
+        """Who has held a connection for longest, in words, and the tasks that hold one."""
+        leases = self.leases
         if not leases:
-            return ""
-        lease = leases[0]
+            return "", set()
+        lease = min(leases, key=lambda lease: lease.since)
         held = time.monotonic() - lease.since
         text = f", longest held for {held:.1f} s by {lease.task!r}, taken at {lease.site}"
-        if any(other.task == waiting for other in leases):
-            text += " (nested acquire: this task holds one already)"
-        return text
+        return text, {lease.task for lease in leases}
 
     async def _is_healthy(self, lease: Lease[C], deadline: float) -> bool:
         try:
@@ -510,14 +553,45 @@ class Pool(Generic[C]):
             lease.release(usable=False)
             raise
 
+    # Idle connections that may be dead
+
+    def _suspect_idle(self) -> None:
+        """Ask all idle connections whether they work: what closed one may have closed them all."""
+        while self._idle:
+            self._check_idle(self._idle.pop())
+
+    def _check_idle(self, entry: _Entry[C]) -> None:
+        """Ask in a task of the pool's own, so that no caller waits for one that is dead."""
+        if self._can_spawn():
+            task = self._spawn(self._check_one(entry), self._checkers)
+            task.add_done_callback(partial(self._checked, entry))
+        else:
+            self._discard(entry)
+
+    async def _check_one(self, entry: _Entry[C]) -> None:
+        async with asyncio.timeout(CLOSE_BUDGET):
+            if not await self._check(entry.connection):
+                raise ConnectionError("it was closed by the server")
+
+    def _checked(self, entry: _Entry[C], task: asyncio.Task[None]) -> None:
+        error = asyncio.CancelledError() if task.cancelled() else task.exception()
+        if error is None:
+            self._put(entry)
+            return
+        if not self.closed:
+            self._counts["connections_lost"] += 1
+            logger.info("an idle connection of %r is replaced: %s", self.name, error)
+        self._discard(entry)
+        self._suspect_idle()
+
     # Taking connections back
 
-    def _take_back(self, lease: Lease[C], usable: bool) -> None:
+    def _take_back(self, lease: Lease[C], usable: bool, lost: bool = False) -> None:
         if self._loop.is_running() and not self._can_spawn():
             # The holder was collected, and unwound, in another thread.
             with contextlib.suppress(RuntimeError):  # closed meanwhile
                 self._loop.call_soon_threadsafe(
-                    self._take_back, lease, usable, context=contextvars.Context()
+                    self._take_back, lease, usable, lost, context=contextvars.Context()
                 )
             return
         self._leases.discard(lease)
@@ -529,6 +603,8 @@ class Pool(Generic[C]):
             self._discard(entry)
         else:
             self._put(entry)
+        if lost:
+            self._suspect_idle()
         if self._leased == 0:
             self._drained.set()
 
@@ -536,14 +612,14 @@ class Pool(Generic[C]):
         """The lease was collected: perhaps in another thread, or in the middle of a method of this
         pool, or after the loop's end."""
         if self._can_spawn():
-            remains = self._close(entry.connection)
+            remains = self._end(entry.connection)
             self._loop.call_soon(self._lose, remains, context=contextvars.Context())
         elif self._loop.is_closed():
-            self._lose(self._close(entry.connection))
+            self._lose(self._end(entry.connection))
         else:
             with contextlib.suppress(RuntimeError):  # closed meanwhile
                 self._loop.call_soon_threadsafe(
-                    lambda: self._lose(self._close(entry.connection)), context=contextvars.Context()
+                    lambda: self._lose(self._end(entry.connection)), context=contextvars.Context()
                 )
 
     def _lose(self, remains: Awaitable[None] | None) -> None:
@@ -559,7 +635,7 @@ class Pool(Generic[C]):
             self._discard(entry)
             return
         while self._waiters:
-            waiter = self._waiters.popleft()
+            waiter, _ = self._waiters.popitem(last=False)
             if not waiter.done():
                 waiter.set_result(entry)
                 return
@@ -569,7 +645,15 @@ class Pool(Generic[C]):
     def _discard(self, entry: _Entry[C]) -> None:
         """Close a connection; its place is free when the server has let go of it, or after two
         seconds."""
-        self._let_go(self._close(entry.connection))
+        self._let_go(self._end(entry.connection))
+
+    def _end(self, connection: C) -> Awaitable[None] | None:
+        """Close a connection; one that fails to close must not keep the others open."""
+        try:
+            return self._close(connection)
+        except Exception:
+            logger.exception("a connection of %r could not be closed", self.name)
+            return None
 
     def _let_go(self, remains: Awaitable[None] | None) -> None:
         if remains is None or not self._can_spawn():
@@ -616,18 +700,20 @@ class Pool(Generic[C]):
         if self._failure is not None:
             allowed = min(allowed, 1 - self._opening)
         for _ in range(min(wanted - self._opening, allowed)):
-            if self._can_spawn():
-                self._size += 1
-                self._opening += 1
-                self._spawn(self._open_one(), self._openers).add_done_callback(self._opener_ended)
+            self._start_attempt()
+
+    def _start_attempt(self) -> None:
+        if self._can_spawn():
+            self._size += 1
+            self._opening += 1
+            self._spawn(self._open_one(), self._openers).add_done_callback(self._opener_ended)
 
     async def _open_one(self) -> None:
+        if self._failure is not None:
+            await asyncio.sleep(max(0.0, self._retry_at - time.monotonic()))
         started = time.monotonic()
         try:
-            if self._failure is not None:
-                await asyncio.sleep(max(0.0, self._retry_at - started))
-            self._counts["connections_num"] += 1
-            connection = await self._connect_in_time()
+            connection = await self._connect_watched(started)
         except Exception as exc:
             self._opening -= 1
             self._size -= 1
@@ -635,11 +721,60 @@ class Pool(Generic[C]):
             return
         self._opening -= 1
         self._counts["connections_ms"] += round((time.monotonic() - started) * 1000)
-        self._failure, self._backoff = None, 0.0
+        self._failure, self._backoff, self._patience = None, 0.0, PATIENCE
         spread = 1 - LIFETIME_SPREAD * random.random()
         self._put(_Entry(connection, time.monotonic() + self.options.max_lifetime * spread))
+        for task, since in list(self._connecting.items()):
+            # The server answers, but not these: what they sent is lost.
+            if since < started - PATIENCE:
+                task.cancel()
         if not self.closed:
             self._maybe_open()
+
+    async def _connect_watched(self, started: float) -> C:
+        self._counts["connections_num"] += 1
+        task = asyncio.current_task()
+        assert task is not None
+        self._connecting[task] = started
+        self._expect_answer()
+        try:
+            return await self._connect_in_time()
+        finally:
+            del self._connecting[task]
+            if not self._connecting and self._next_try is not None:
+                self._next_try.cancel()
+
+    def _expect_answer(self) -> None:
+        """Come back when the newest attempt has had its time."""
+        if self._next_try is not None:
+            self._next_try.cancel()
+        self._next_try = self._loop.call_later(
+            PATIENCE, _try_another, weakref.ref(self), context=contextvars.Context()
+        )
+
+    def _try_another(self) -> None:
+        """Connect once more beside attempts that are not answered: what those sent may be lost, and
+        the server well again.
+
+        When there is no place for one more, the oldest attempt is given up for it, after twice as
+        long each time: the server may only be slow.
+        """
+        if self.closed or not self._waiters or not self._connecting:
+            return
+        if self._size < self.options.limit:
+            self._start_attempt()
+            return
+        oldest, since = next(iter(self._connecting.items()))
+        if time.monotonic() - since < self._patience:
+            self._expect_answer()
+            return
+        self._patience *= 2
+        oldest.add_done_callback(self._replace_attempt)
+        oldest.cancel()
+
+    def _replace_attempt(self, task: asyncio.Task[None]) -> None:
+        if self._waiters and self._size < self.options.limit and not self.closed:
+            self._start_attempt()
 
     async def _connect_in_time(self) -> C:
         """Connect, for no longer than a caller waits: a name server or a server that never answers
@@ -685,7 +820,7 @@ class Pool(Generic[C]):
 
     def _fail_waiters(self, error: Callable[[], BaseException], most: int | None = None) -> None:
         while self._waiters and most != 0:
-            waiter = self._waiters.popleft()
+            waiter, _ = self._waiters.popitem(last=False)
             if not waiter.done() and not self._loop.is_closed():
                 waiter.set_exception(error())
                 most = None if most is None else most - 1
@@ -752,6 +887,11 @@ async def _sentinel(pool: weakref.ref[Pool[Any]]) -> AsyncGenerator[None, None]:
         if (alive := pool()) is not None:
             alive.terminate()
             await alive._settle()
+
+
+def _try_another(pool: weakref.ref[Pool[Any]]) -> None:
+    if (alive := pool()) is not None:
+        alive._try_another()
 
 
 def _housekeep(pool: weakref.ref[Pool[Any]]) -> None:

@@ -91,7 +91,7 @@ class SharedLease(Lease[BridgedMixin]):
             wrapper.needs_rollback = False
             wrapper.atomic_blocks[-1].__exit__(None, None, None)
 
-    def release(self, *, usable: bool = True) -> None:
+    def release(self, *, usable: bool = True, lost: bool = False) -> None:
         """End the turn. A second call does nothing."""
         if not self.released:
             self.released = True

@@ -4,14 +4,17 @@ pool is whole."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
+import pytest
+from django.db import connections
 from django.test import override_settings
 
 from django_asyncsession import DatabaseInterface, Session
 from django_asyncsession.testing import QueryLog
-from tests.faults import outcome_of
+from tests.faults import FaultProxy, outcome_of
 
 INSERT = "INSERT INTO tests_user (name, level) VALUES (%s, 1)"
 COUNT = "SELECT COUNT(*) FROM tests_user"
@@ -79,3 +82,22 @@ async def soon(condition: Callable[[], Awaitable[bool] | bool], seconds: float =
 def pool(db: DatabaseInterface, **options: Any) -> override_settings:
     """Give the pool these options, when it is made inside the block."""
     return override_settings(ASYNC_SESSION={"POOLS": {db.alias: options}})
+
+
+@asynccontextmanager
+async def behind(db: DatabaseInterface) -> AsyncIterator[tuple[FaultProxy, DatabaseInterface]]:
+    """A proxy before the server, and the database as it is reached through it."""
+    if db.vendor == "sqlite":
+        pytest.skip("SQLite has no server")
+    settings = {**connections.settings[db.alias]}
+    host, port = settings["HOST"] or "127.0.0.1", settings["PORT"]
+    if host.startswith("/"):
+        pytest.skip("the server listens on a Unix socket")
+    port = int(port or {"postgresql": 5432, "mysql": 3306}[db.vendor])
+    async with FaultProxy(host, port) as proxy:
+        settings |= {"HOST": "127.0.0.1", "PORT": str(proxy.port)}
+        far = DatabaseInterface(db.alias, settings)
+        try:
+            yield proxy, far
+        finally:
+            await far.close()

@@ -10,7 +10,7 @@ import contextlib
 import gc
 import threading
 import warnings
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from itertools import count
 from typing import Any
 
@@ -32,14 +32,13 @@ from tests.faults import (
     RESET,
     SERVER,
     Elapsed,
-    FaultProxy,
     LoopProbe,
     cancel_at,
     outcome_of,
     watchdog,
 )
 from tests.models import Author, Book, User, Values
-from tests.sessions import COUNT, INSERT, names, pool, slow, soon, whole
+from tests.sessions import COUNT, INSERT, behind, names, pool, slow, soon, whole
 
 Operation = Callable[[DatabaseInterface], Coroutine[Any, Any, Any]]
 
@@ -403,25 +402,6 @@ def _quiet() -> Iterator[None]:
 
 
 # Cut off from the server
-
-
-@contextlib.asynccontextmanager
-async def behind(db: DatabaseInterface) -> AsyncIterator[tuple[FaultProxy, DatabaseInterface]]:
-    """A proxy before the server, and the database as it is reached through it."""
-    if db.vendor == "sqlite":
-        pytest.skip("SQLite has no server")
-    settings = {**connections.settings[db.alias]}
-    host, port = settings["HOST"] or "127.0.0.1", settings["PORT"]
-    if host.startswith("/"):
-        pytest.skip("the server listens on a Unix socket")
-    port = int(port or {"postgresql": 5432, "mysql": 3306}[db.vendor])
-    async with FaultProxy(host, port) as proxy:
-        settings |= {"HOST": "127.0.0.1", "PORT": str(proxy.port)}
-        far = DatabaseInterface(db.alias, settings)
-        try:
-            yield proxy, far
-        finally:
-            await far.close()
 
 
 def on_commit_reply(action: Any) -> Callable[[str, bytes], Any]:

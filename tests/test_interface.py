@@ -504,7 +504,10 @@ def test_50_short_loops_leave_no_server_session(name: str) -> None:
 
     for turn in range(50):
         asyncio.run(main())
-        assert sessions_of(name) == 0
+        # One that was being opened when the loop ended is known to the server for a moment.
+        deadline = time.monotonic() + 2
+        while sessions_of(name):
+            assert time.monotonic() < deadline
         if turn == 5:
             gc.collect()  # what other tests have left
             open_files = len(os.listdir("/proc/self/fd"))

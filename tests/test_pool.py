@@ -31,7 +31,7 @@ from django_asyncsession.exceptions import (
     WrongLoopError,
 )
 from django_asyncsession.pool import Lease, Pool, PoolOptions, creation_site
-from tests.faults import Elapsed, cancel_at, outcome_of, watchdog
+from tests.faults import Elapsed, LoopProbe, cancel_at, longest_stall, outcome_of, watchdog
 
 STATS_OF_PSYCOPG_POOL = {
     "pool_min",
@@ -71,6 +71,8 @@ class Server:
         lets_go: closing waits for it.
         says_goodbye: there is something to wait for when a connection is closed.
         healthy: what a check answers, or raises.
+        quiet: whether nothing came from the server to an idle connection.
+        deaf: so many attempts to connect, counted down, are never answered.
     """
 
     def __init__(self) -> None:
@@ -82,6 +84,8 @@ class Server:
         self.reachable.set()
         self.lets_go.set()
         self.healthy: Callable[[Fake], bool] = lambda fake: fake.open
+        self.quiet: Callable[[Fake], bool] = lambda fake: True
+        self.deaf = self.hung = 0
 
     @property
     def open(self) -> list[Fake]:
@@ -91,6 +95,7 @@ class Server:
         self.attempts += 1
         await asyncio.sleep(0)
         await self.reachable.wait()
+        await self._maybe_never()
         error = self.error
         if isinstance(error, list):
             error = error.pop(0) if error else None
@@ -100,6 +105,15 @@ class Server:
         self.connections.append(fake)
         self.most = max(self.most, len(self.open))
         return fake
+
+    async def _maybe_never(self) -> None:
+        if self.deaf:
+            self.deaf -= 1
+            self.hung += 1
+            try:
+                await asyncio.Event().wait()
+            finally:
+                self.hung -= 1
 
     async def check(self, fake: Fake) -> bool:
         await asyncio.sleep(0)
@@ -120,6 +134,7 @@ class Server:
             name="fake",
             options=PoolOptions(**options),
             is_permanent=is_permanent,
+            is_quiet=lambda fake: self.quiet(fake),
         )
 
 
@@ -182,6 +197,10 @@ def test_max_size_follows_min_size(min_size: int, max_size: int | None, limit: i
         {"timeout": 0},
         {"max_idle": -1},
         {"max_lifetime": float("nan")},
+        {"max_lifetime": float("inf")},
+        {"timeout": float("inf")},
+        {"max_idle": float("inf")},
+        {"reconnect_timeout": float("inf")},
         {"max_size": "20"},
         {"max_size": 2.5},
         {"timeout": "30"},
@@ -332,6 +351,18 @@ def test_when_nobody_else_asked_the_nearest_place_is_named() -> None:
     thread.start()
     thread.join()
     assert sites[0].startswith(f"{threading.__file__}:")
+
+
+async def test_thousands_that_time_out_together_are_told_without_holding_up_the_loop() -> None:
+    async with pool_of(max_size=1, timeout=0.5, max_waiting=0) as (pool, _):
+        lease = await pool.acquire()
+        waiters = [asyncio.create_task(outcome_of(pool.acquire())) for _ in range(5000)]
+        await until(lambda: pool.stats()["requests_waiting"] == 5000)
+        async with LoopProbe() as probe:
+            outcomes = await asyncio.gather(*waiters)
+        assert {type(outcome) for outcome in outcomes} == {PoolTimeout}
+        assert probe.worst < longest_stall()
+        lease.release()
 
 
 async def test_a_task_that_waits_for_itself_is_told_so() -> None:
@@ -836,6 +867,165 @@ async def test_an_attempt_that_never_ends_keeps_its_place_no_longer_than_a_calle
         server.reachable.set()
         (await pool.acquire(1)).release()
         assert server.attempts == 2
+
+
+# Attempts to connect that are never answered
+
+
+async def test_a_second_attempt_serves_who_waits_when_the_first_is_not_answered() -> None:
+    async with pool_of(max_size=4) as (pool, server):
+        server.deaf = 1
+        with Elapsed() as took:
+            lease = await pool.acquire()
+        assert took.seconds < 3 and server.attempts == 2
+        lease.release()
+        await until(lambda: not server.hung)
+        assert pool.stats()["pool_size"] == 1, "the attempt that was not answered leaked"
+
+
+async def test_with_one_place_the_attempt_that_is_not_answered_makes_room() -> None:
+    async with pool_of(max_size=1) as (pool, server):
+        server.deaf = 2
+        lease = await pool.acquire(8)
+        assert server.attempts == 3 and server.hung == 0
+        assert pool.stats()["pool_size"] == 1
+        lease.release()
+
+
+async def test_after_a_failure_an_attempt_that_is_not_answered_holds_up_nobody() -> None:
+    async with pool_of(max_size=4) as (pool, server):
+        server.error = [ConnectionRefusedError("down")]
+        with pytest.raises(ConnectionRefusedError):
+            await pool.acquire()
+        server.deaf = 1
+        (await pool.acquire(5)).release()
+        assert server.attempts == 3
+
+
+async def test_attempts_that_are_not_answered_never_take_more_than_max_size() -> None:
+    async with pool_of(max_size=2, timeout=20) as (pool, server):
+        server.deaf = 100
+        waiters = [asyncio.create_task(outcome_of(pool.acquire(3.5))) for _ in range(5)]
+        while not all(waiter.done() for waiter in waiters):
+            assert server.hung <= 2 and pool.stats()["pool_size"] <= 2
+            await asyncio.sleep(0.01)
+        assert server.attempts <= 5
+        server.deaf = 0
+
+
+async def test_a_slow_server_is_waited_for_although_others_were_tried() -> None:
+    async with pool_of(max_size=1, timeout=20) as (pool, server):
+        answer = server.connect
+
+        async def slowly() -> Fake:
+            await asyncio.sleep(1.5)
+            return await answer()
+
+        pool._connect = slowly
+        (await pool.acquire()).release()
+        assert pool.stats()["pool_size"] == 1
+
+
+async def test_nobody_waiting_no_other_attempt_is_made() -> None:
+    async with pool_of(max_size=4) as (pool, server):
+        server.deaf = 1
+        assert isinstance(await outcome_of(pool.acquire(0.1)), PoolTimeout)
+        await asyncio.sleep(1.5)
+        assert server.attempts == 1
+
+
+# Idle connections that the server closed
+
+
+async def test_an_idle_connection_that_the_server_closed_is_never_handed_out() -> None:
+    async with pool_of(max_size=4) as (pool, server):
+        leases = [await pool.acquire() for _ in range(4)]
+        for lease in leases:
+            lease.release()
+        server.quiet = server.healthy = lambda fake: fake.number >= 4
+        for _ in range(4):
+            lease = await pool.acquire()
+            assert lease.connection.number >= 4
+            lease.release()
+        assert pool.stats()["connections_lost"] == 4
+        assert pool.stats()["returns_bad"] == 0
+
+
+async def test_one_to_which_something_came_is_asked_and_kept_when_it_works() -> None:
+    async with pool_of(max_size=1) as (pool, server):
+        (await pool.acquire()).release()
+        server.quiet = lambda fake: False
+        lease = await pool.acquire()
+        assert lease.connection.number == 0
+        lease.release()
+
+
+async def test_once_one_was_lost_all_idle_ones_are_asked_at_once() -> None:
+    async with pool_of(max_size=4) as (pool, server):
+        leases = [await pool.acquire() for _ in range(4)]
+        for lease in leases[1:]:
+            lease.release()
+        asked: list[int] = []
+
+        def healthy(fake: Fake) -> bool:
+            asked.append(fake.number)
+            return fake.number != 2
+
+        server.healthy = healthy
+        leases[0].release(usable=False, lost=True)
+        lease = await pool.acquire()
+        assert lease.connection.number in (1, 3)
+        assert sorted(asked) == [1, 2, 3]
+        lease.release()
+        asked.clear()
+        (await pool.acquire()).release()
+        assert asked == [], "asked only once"
+
+
+async def test_an_idle_one_that_does_not_answer_holds_up_nobody_for_long() -> None:
+    async with pool_of(max_size=2) as (pool, _):
+        leases = [await pool.acquire() for _ in range(2)]
+        never = asyncio.Event()
+
+        async def hang(fake: Fake) -> bool:
+            return await never.wait()
+
+        pool._check = hang
+        leases[1].release()
+        leases[0].release(usable=False, lost=True)
+        with Elapsed() as took:
+            lease = await pool.acquire()
+        assert took.seconds < 1 and lease.connection.number == 2
+        lease.release()
+
+
+async def test_a_pool_that_is_closed_while_it_asks_leaves_nothing_open() -> None:
+    async with pool_of(max_size=2) as (pool, server):
+        leases = [await pool.acquire() for _ in range(2)]
+        leases[1].release()
+        leases[0].release(usable=False, lost=True)
+        await pool.close()
+        assert not server.open
+
+
+async def test_a_connection_that_fails_to_close_does_not_keep_the_others_open(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    server = Server()
+    pool = server.pool(max_size=3)
+    leases = [await pool.acquire() for _ in range(3)]
+    close = pool._close
+
+    def fail(fake: Fake) -> Any:
+        if fake.number == 0:
+            raise OSError(16, "Device or resource busy")
+        return close(fake)
+
+    pool._close = fail
+    await pool.close()
+    assert [fake.number for fake in server.open] == [0]
+    assert pool.stats()["pool_size"] == 0 and all(lease.released for lease in leases)
+    assert "could not be closed" in caplog.text
 
 
 async def test_a_caller_that_is_cancelled_leaves_the_connection_to_the_next() -> None:

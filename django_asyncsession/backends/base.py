@@ -299,6 +299,16 @@ class BridgedMixin(_Wrapper):
             return self
         return refusing(alias) if alias in connections.settings else None
 
+    def is_quiet(self) -> bool:
+        """Whether nothing came from the server since the last statement, neither its end of the
+        connection nor anything else; asked in no time, of an idle connection."""
+        return True
+
+    def has_hung_up(self) -> bool:
+        """Whether the server has closed the connection already, so that whatever is sent now does
+        not reach it; asked in no time."""
+        return False
+
     @property
     def is_served_here(self) -> bool:
         """Whether this is the sync code of the session that leased the connection."""

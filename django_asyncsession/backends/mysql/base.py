@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from django_asyncsession.backends.base import BridgedMixin, TransactionOptions, TransactionState
 from django_asyncsession.backends.mysql import install_driver
+from django_asyncsession.backends.sockets import has_hung_up, is_quiet
 from django_asyncsession.bridge import await_, in_bridge
 from django_asyncsession.exceptions import ConfigurationError
 
@@ -197,6 +198,15 @@ class Mixin(BridgedMixin, _Base):
     @property
     def left_by_sql(self) -> bool:
         return bool(self.connection is not None and self.connection.left_by_sql)
+
+    def is_quiet(self) -> bool:
+        connection = self.connection
+        # What the event loop has read of the socket, and what it has not.
+        return not connection.raw._stream_broken and is_quiet(connection.fd)
+
+    def has_hung_up(self) -> bool:
+        connection = self.connection
+        return bool(connection.raw._stream_broken) or has_hung_up(connection.fd)
 
     # Errors
 

@@ -64,6 +64,7 @@ class Connection:
         self._autocommit = True
         self._streaming: weakref.ref[StreamingCursor] | None = None
         self._transport = raw._transport
+        self.fd: int = raw._transport.get_extra_info("socket").fileno()
         self.begin = BEGIN
         # Runs before the next statement, in the same packet.
         self.prelude: tuple[str, ...] = ()

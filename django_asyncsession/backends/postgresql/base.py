@@ -20,6 +20,7 @@ from psycopg._capabilities import capabilities
 from psycopg.abc import PQGen
 
 from django_asyncsession.backends.base import BridgedMixin, TransactionOptions, TransactionState
+from django_asyncsession.backends.sockets import has_hung_up, is_quiet
 from django_asyncsession.bridge import await_, in_bridge
 
 from .sessionstate import changes_session
@@ -319,6 +320,12 @@ class Mixin(BridgedMixin, _Base):
     @property
     def left_by_sql(self) -> bool:
         return bool(self.connection.left_by_sql)
+
+    def is_quiet(self) -> bool:
+        return not self.connection.closed and is_quiet(self.connection.pgconn.socket)
+
+    def has_hung_up(self) -> bool:
+        return self.connection.closed or has_hung_up(self.connection.pgconn.socket)
 
     def is_timeout(self, error: BaseException, options: TransactionOptions) -> bool:
         cause = error.__cause__
