@@ -1,4 +1,4 @@
-"""Real pools whose idle connections the server, or the network, has closed: nobody notices."""
+"""On real pools: idle connections that the server, or the network, has closed; nobody notices."""
 
 from __future__ import annotations
 
