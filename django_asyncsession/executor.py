@@ -16,7 +16,7 @@ from .blocks import Block
 from .checkout import Checkout, Source
 from .exceptions import QueryTimeout, SessionClosedError, SessionInUseError, SessionStateError
 from .pool import creation_site, task_name
-from .results import BaseResultSet, MemoryCursor
+from .results import BaseResultSet, MemoryCursor, Reader
 from .statements import check_one_statement
 from .turns import Turns, _held, check_loop
 
@@ -107,10 +107,17 @@ class Executor:
 
         return BaseResultSet(await self.run(fetch), self.run, buffered=True)
 
-    async def stream(self, sql: Any, params: Params, chunk_size: int) -> BaseResultSet:
+    async def stream(
+        self, sql: Any, params: Params, chunk_size: int, reader: Reader | None = None
+    ) -> BaseResultSet:
         """Run one statement with a server-side cursor and return its result, `chunk_size` rows at
-        a time."""
-        cursor = await self.run(self._open_cursor, sql, params, stream=True)
+        a time.
+
+        Args:
+            reader: who reads it, if not whoever holds the result.
+        """
+        open_cursor = partial(self._open_cursor, sql, params, stream=True)
+        cursor = await self.run((reader or Reader()).run, open_cursor)
         return BaseResultSet(cursor, self.run, buffered=False, chunk_size=chunk_size)
 
     async def driver_connection(self) -> Any:

@@ -8,7 +8,7 @@ connection; everywhere else it does what Django does.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from importlib import import_module
 from itertools import islice
@@ -23,6 +23,7 @@ from . import bridge
 from .conf import settings
 from .exceptions import ConfigurationError, SessionClosedError
 from .interface import databases
+from .results import Reader
 from .routes import ROUTES, Route, keeps_thread
 from .session import Session
 from .sessionset import SessionSet, current, current_call, is_enclosed
@@ -106,19 +107,22 @@ def _async_generator(rows: BaseIterable[Any]) -> AsyncIterator[Any]:
     sessions = current()
     if sessions is None:
         return _django_async_generator(rows)  # type: ignore[no-any-return]
-    return _iterate(rows, sessions)
+    reader = Reader()
+    return reader.reads(_iterate(rows, sessions, reader))
 
 
 _django_async_generator: Any = BaseIterable._async_generator  # type: ignore[attr-defined]
 
 
-async def _iterate(rows: Any, sessions: SessionSet) -> AsyncIterator[Any]:
+async def _iterate(rows: Any, sessions: SessionSet, reader: Reader) -> AsyncGenerator[Any, None]:
     async with sessions.hold(rows.queryset.db) as run:
         generator = iter(rows)
         try:
             is_full = True
             while is_full:
-                chunk = await run(lambda: list(islice(generator, rows.chunk_size)))
+                chunk = await run(
+                    lambda: reader.run(lambda: list(islice(generator, rows.chunk_size)))
+                )
                 is_full = len(chunk) == rows.chunk_size
                 for row in chunk:
                     try:

@@ -27,7 +27,7 @@ from django.db.models.query import ModelIterable
 from . import rows, writes
 from .columns import Column, Computed, Setter
 from .exceptions import UnboundedQueryError
-from .results import Row
+from .results import Reader, Row
 from .tables import RowTable, model_of, table
 from .writes import Conflict, excluded, path_of
 
@@ -502,14 +502,22 @@ class SelectQuery(_Filtered, Generic[T]):
         """The database's plan for the query."""
         return await self._session.run_sync(self.queryset.explain, format=format, **options)
 
-    async def stream(self, chunk_size: int = 2000) -> AsyncGenerator[T, None]:
+    def stream(self, chunk_size: int = 2000) -> AsyncGenerator[T, None]:
         """The rows one by one from a cursor on the server, `chunk_size` in memory at a time."""
+        reader = Reader()
+        return reader.reads(self._stream(chunk_size, reader))
+
+    async def _stream(self, chunk_size: int, reader: Reader) -> AsyncGenerator[T, None]:
         async with self._session.hold() as held:
             iterator = await held.run(self.queryset.iterator, chunk_size)
             try:
-                while chunk := await held.run(self._take, iterator, chunk_size):
+                while chunk := await held.run(reader.run, self._take, iterator, chunk_size):
                     for row in chunk:
-                        yield row
+                        try:
+                            yield row
+                        except GeneratorExit:
+                            # Closed between two rows, where waiting is allowed, to end in order.
+                            return
             finally:
                 await _close(held, iterator)
 

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+import weakref
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterator,
+    Sequence,
+)
+from contextvars import ContextVar
 from functools import lru_cache
 from itertools import islice
 from typing import Any, Protocol, TypeVar
@@ -252,6 +261,42 @@ class BaseResultSet(AsyncIterator[Row]):
 
 def _is_stale(cursor: Any) -> bool:
     return not isinstance(cursor, MemoryCursor) and cursor.lease is not cursor.db.lease
+
+
+class Reader:
+    """Who reads a stream: an async generator, and gone as soon as that is dropped.
+
+    The event loop closes a dropped generator, and with it the cursor, only some time later.
+    """
+
+    def __init__(self) -> None:
+        self._rows: weakref.ref[Any] | None = None
+
+    def reads(self, rows: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
+        """The same generator, remembered as the one that reads."""
+        self._rows = weakref.ref(rows)
+        return rows
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether nobody will ask for another row."""
+        return self._rows is not None and self._rows() is None
+
+    def run(self, fn: Callable[..., T], *args: Any) -> T:
+        """Call `fn`; a cursor that it opens is this reader's."""
+        token = _reader.set(self)
+        try:
+            return fn(*args)
+        finally:
+            _reader.reset(token)
+
+
+_reader: ContextVar[Reader | None] = ContextVar("reader", default=None)
+
+
+def current_reader() -> Reader | None:
+    """Who reads what is opened now; None is whoever holds the cursor."""
+    return _reader.get()
 
 
 class MemoryCursor:

@@ -30,7 +30,7 @@ from .executor import Params, State
 from .hooks import call_now
 from .pool import creation_site
 from .queries import DeleteQuery, InsertQuery, Related, SelectQuery, UpdateQuery
-from .results import BaseResultSet, Row
+from .results import BaseResultSet, Reader, Row
 from .statements import check_one_statement, split_script
 from .tables import RowTable, model_of
 from .transaction import Outcome, Transaction
@@ -504,10 +504,15 @@ class Session:
         async with await self.cursor(sql, params) as result:
             return await result.flatten()
 
-    async def stream(
+    def stream(
         self, query: Any, params: Params = None, chunk_size: int = 2000
     ) -> AsyncGenerator[Any, None]:
         """Rows one by one from a server-side cursor, `chunk_size` rows in memory at a time.
+
+        MySQL and MariaDB run one statement at a time: until its last row is read it is the stream,
+        so `timeout` counts the reader's pauses too, and another statement of the session takes what
+        is left into memory first. One that only reads is stopped on the server when it is left
+        early.
 
         Args:
             query: SQL, or a query of this session.
@@ -521,32 +526,24 @@ class Session:
         if chunk_size <= 0:
             raise ValueError(f"chunk_size is {chunk_size}; give a number of rows above 0")
         if hasattr(query, "stream"):
-            rows = query.stream(chunk_size=chunk_size)
-        else:
-            check_one_statement(query)
-            rows = self._stream_sql(query, params, chunk_size)
-        try:
-            async for row in rows:
-                try:
-                    yield row
-                except GeneratorExit:
-                    # Closed between two rows, where waiting is allowed, to end in order.
-                    return
-        finally:
-            await rows.aclose()
+            rows: AsyncGenerator[Any, None] = query.stream(chunk_size=chunk_size)
+            return rows
+        check_one_statement(query)
+        reader = Reader()
+        return reader.reads(self._stream_sql(query, params, chunk_size, reader))
 
     async def _stream_sql(
-        self, sql: Any, params: Params, chunk_size: int
+        self, sql: Any, params: Params, chunk_size: int, reader: Reader
     ) -> AsyncGenerator[Row, None]:
         async with (
             self.hold() as transaction,
-            await transaction.stream(sql, params, chunk_size) as result,
+            await transaction.stream(sql, params, chunk_size, reader) as result,
         ):
             async for row in result:
                 try:
                     yield row
                 except GeneratorExit:
-                    return  # as in `stream`
+                    return  # as in the stream of a query
 
     @asynccontextmanager
     async def hold(self) -> AsyncIterator[Transaction]:

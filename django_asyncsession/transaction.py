@@ -470,6 +470,7 @@ class Transaction(Executor):
 
     async def _send_commit(self, wrapper: BridgedMixin, atomic: Atomic) -> None:
         def commit() -> None:
+            wrapper.end_streams()
             atomic.__exit__(None, None, None)
             call_waiting(wrapper)
 
@@ -529,7 +530,12 @@ class Transaction(Executor):
         wrapper.savepoint_ids = wrapper.savepoint_ids[:savepoints]
         wrapper.atomic_blocks = wrapper.atomic_blocks[:blocks]
         error = Rollback()
-        await self._serve(lambda: atomic.__exit__(Rollback, error, None), budget=CLEANUP_BUDGET)
+
+        def roll_back() -> None:
+            wrapper.end_streams()
+            atomic.__exit__(Rollback, error, None)
+
+        await self._serve(roll_back, budget=CLEANUP_BUDGET)
 
     async def _end(self) -> None:
         """Give the connection back, clean or closed, whatever is raised meanwhile."""

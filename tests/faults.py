@@ -23,6 +23,7 @@ from typing import Any, Generic, Self, TypeVar
 from urllib.parse import parse_qs, quote, urlsplit
 
 import psycopg
+from django.db import connections
 
 T = TypeVar("T")
 
@@ -149,6 +150,13 @@ DROP, RESET, RESET_AFTER = "drop", "reset", "reset after"
 CLIENT, SERVER = "client", "server"
 
 
+def address(alias: str) -> tuple[str, int]:
+    """Host and port of the server of a database of the tests, for a proxy before it."""
+    entry = connections.settings[alias]
+    default = 3306 if "mysql" in entry["ENGINE"] else 5432
+    return str(entry["HOST"] or "127.0.0.1"), int(entry["PORT"] or default)
+
+
 class FaultProxy:
     """A TCP proxy between client and server that can freeze, delay, lose, cut in pieces and reset.
 
@@ -211,7 +219,9 @@ class FaultProxy:
         for writer in list(self._writers):
             raw: socket.socket | None = writer.get_extra_info("socket")
             if raw is not None:
-                raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                # One that its other end has closed already has no socket any more.
+                with contextlib.suppress(OSError):
+                    raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             writer.transport.abort()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

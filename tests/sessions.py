@@ -14,7 +14,7 @@ from django.test import override_settings
 
 from django_asyncsession import DatabaseInterface, Session
 from django_asyncsession.testing import QueryLog
-from tests.faults import FaultProxy, outcome_of
+from tests.faults import FaultProxy, address, outcome_of
 
 INSERT = "INSERT INTO tests_user (name, level) VALUES (%s, 1)"
 COUNT = "SELECT COUNT(*) FROM tests_user"
@@ -90,10 +90,9 @@ async def behind(db: DatabaseInterface) -> AsyncIterator[tuple[FaultProxy, Datab
     if db.vendor == "sqlite":
         pytest.skip("SQLite has no server")
     settings = {**connections.settings[db.alias]}
-    host, port = settings["HOST"] or "127.0.0.1", settings["PORT"]
+    host, port = address(db.alias)
     if host.startswith("/"):
         pytest.skip("the server listens on a Unix socket")
-    port = int(port or {"postgresql": 5432, "mysql": 3306}[db.vendor])
     async with FaultProxy(host, port) as proxy:
         settings |= {"HOST": "127.0.0.1", "PORT": str(proxy.port)}
         far = DatabaseInterface(db.alias, settings)

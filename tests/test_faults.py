@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import struct
 import time
 
+import dj_database_url
 import psycopg
 import pytest
+from django.db import connections
 
 from tests.faults import (
     CLIENT,
     DROP,
     FaultProxy,
     LoopProbe,
+    address,
     cancel_at,
     outcome_of,
     watchdog,
@@ -65,7 +70,7 @@ async def test_probe_sees_a_stall_and_none_where_there_is_none() -> None:
 async def test_proxy_passes_counts_drops_and_resets() -> None:
     server = postgresql()
     with watchdog(20):
-        async with FaultProxy(str(server["HOST"]), int(str(server["PORT"]) or 5432)) as proxy:
+        async with FaultProxy(*address("default")) as proxy:
             dsn = f"host=127.0.0.1 port={proxy.port} user={server['USER']} dbname=postgres"
             connection = await psycopg.AsyncConnection.connect(dsn, autocommit=True)
             before = proxy.round_trips
@@ -79,3 +84,42 @@ async def test_proxy_passes_counts_drops_and_resets() -> None:
             proxy.reset()
             assert isinstance(await outcome_of(waiting), psycopg.OperationalError)
             await connection.close()
+
+
+async def test_reset_ends_every_connection_though_one_is_closed_already() -> None:
+    """A client that went away itself leaves a closed socket for as long as the server has not
+    noticed."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while await reader.read(10):
+            writer.write(b"answer")
+        await gone.wait()
+        writer.close()
+
+    gone = asyncio.Event()
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    with watchdog(20):
+        async with server, FaultProxy(*server.sockets[0].getsockname()) as proxy:
+            clients = [await asyncio.open_connection("127.0.0.1", proxy.port) for _ in range(5)]
+            for reader, writer in clients:
+                writer.write(b"question")
+                await reader.readexactly(6)
+            sock = clients[2][1].get_extra_info("socket")
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            clients[2][1].transport.abort()
+            closed = lambda: [w for w in proxy._writers if w.get_extra_info("socket").fileno() < 0]  # noqa: E731
+            while not closed():
+                await asyncio.sleep(0.001)
+            proxy.reset()
+            for number in (0, 1, 3, 4):
+                with pytest.raises(ConnectionResetError):
+                    await clients[number][0].read(1)
+            gone.set()
+
+
+def test_a_proxy_stands_before_the_server_of_the_url(monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = {"ENGINE": "django.db.backends.mysql", "HOST": "", "PORT": ""}
+    monkeypatch.setitem(connections.settings, "mysql", entry)
+    assert address("mysql") == ("127.0.0.1", 3306)
+    entry.update(dj_database_url.parse("mysql://u:p@db.example:3307/n"))  # type: ignore[arg-type]
+    assert address("mysql") == ("db.example", 3307)

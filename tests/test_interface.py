@@ -31,7 +31,7 @@ from django_asyncsession.exceptions import (
     UnknownAlias,
     WrongLoopError,
 )
-from tests.faults import Elapsed, FaultProxy, LoopProbe, OwnServer, outcome_of, watchdog
+from tests.faults import Elapsed, FaultProxy, LoopProbe, OwnServer, address, outcome_of, watchdog
 from tests.postgres import dsn_of_tests, gone, new_name, sessions_of
 
 SECRET = "s3kr1t-word"
@@ -194,7 +194,7 @@ async def refusal(dsn: str) -> OperationalError:
 
 
 async def test_a_server_that_is_down_is_told_within_a_second() -> None:
-    async with FaultProxy() as proxy:
+    async with FaultProxy(*address("default")) as proxy:
         await proxy.refuse()
         error = await refusal(dsn_of_tests(host="127.0.0.1", port=proxy.port))
     assert "Connection refused" in str(error)
@@ -247,7 +247,7 @@ async def test_a_name_server_that_never_answers_ends_in_a_timeout_without_a_stal
 
 
 async def test_a_server_without_tls_is_not_used_in_plain_text(own_server: OwnServer) -> None:
-    async with FaultProxy() as proxy:
+    async with FaultProxy(*address("default")) as proxy:
         dsn = dsn_of_tests(host="127.0.0.1", port=proxy.port, sslmode="require")
         db = DatabaseInterface.from_dsn(dsn, alias="refused")
         with pytest.raises(OperationalError, match="SSL"):
@@ -456,7 +456,7 @@ async def test_no_error_page_shows_the_password(
     failure: str, own_server: OwnServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(0)
-    async with FaultProxy() as proxy:
+    async with FaultProxy(*address("default")) as proxy:
         proxy.deaf = True
         local = f"127.0.0.1:{proxy.port}"
         dsns = {

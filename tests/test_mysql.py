@@ -14,12 +14,14 @@ import logging
 import threading
 import time
 import traceback
+import tracemalloc
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
 from functools import cache
 from typing import Any
 
 import pytest
+from asyncmy import Connection
 from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
 from django.db import (
@@ -36,11 +38,14 @@ from django.db.utils import load_backend
 from django_asyncsession.backends.base import install_drivers
 from django_asyncsession.exceptions import ConfigurationError, QueryTimeout
 from django_asyncsession.interface import DatabaseInterface
+from django_asyncsession.session import Session
 from tests.faults import (
     CLIENT,
+    SERVER,
     Elapsed,
     FaultProxy,
     LoopProbe,
+    address,
     cancel_at,
     longest_stall,
     outcome_of,
@@ -104,7 +109,7 @@ def admin() -> Any:
     entry = connections["mysql"].settings_dict
     return pymysql.connect(
         host=entry["HOST"],
-        port=int(entry["PORT"]),
+        port=int(entry["PORT"] or 3306),
         user=entry["USER"],
         password=entry["PASSWORD"],
         database=entry["NAME"],
@@ -209,7 +214,7 @@ async def test_the_server_is_asked_for_its_version_once(t: None) -> None:
         async with db.get_session() as session:
             await session.execute("DO SLEEP(0.1)")
 
-    async with FaultProxy(port=3306) as proxy:
+    async with FaultProxy(*address("mysql")) as proxy:
         proxy.hook = note
         db = interface(HOST="127.0.0.1", PORT=proxy.port)
         await hold(db)
@@ -306,7 +311,7 @@ async def test_a_password_beyond_latin_1_works(t: None) -> None:
 
 
 async def test_a_server_that_does_not_answer_is_given_up(t: None) -> None:
-    async with FaultProxy(port=3306) as proxy:
+    async with FaultProxy(*address("mysql")) as proxy:
         proxy.deaf = True
         db = interface(HOST="127.0.0.1", PORT=proxy.port, options={"connect_timeout": 1})
         with Elapsed() as took, pytest.raises(OperationalError, match="within 1 s"):
@@ -407,7 +412,7 @@ async def test_a_cancelled_rollback_is_not_a_commit(t: None) -> None:
 
 
 async def test_a_read_cancelled_in_mid_packet_is_never_seen_by_the_next(t: None) -> None:
-    async with FaultProxy(port=3306) as proxy:
+    async with FaultProxy(*address("mysql")) as proxy:
         proxy.chunk = 100
         db = interface(max_size=1, HOST="127.0.0.1", PORT=proxy.port)
         async with db.get_session() as session:
@@ -431,7 +436,7 @@ async def test_a_read_cancelled_in_mid_packet_is_never_seen_by_the_next(t: None)
 
 
 async def test_a_frozen_network_does_not_hold_up_a_cancel(t: None) -> None:
-    async with FaultProxy(port=3306) as proxy:
+    async with FaultProxy(*address("mysql")) as proxy:
         db = interface(max_size=1, HOST="127.0.0.1", PORT=proxy.port)
         async with db.get_session() as session:
             await session.fetch_value("SELECT 1")
@@ -511,7 +516,7 @@ async def test_a_packet_that_is_too_big_is_an_error_and_the_connection_replaced(
 
 async def test_a_transaction_takes_two_round_trips(t: None) -> None:
     """BEGIN travels with the first statement, and nothing follows COMMIT."""
-    async with FaultProxy(port=3306) as proxy:
+    async with FaultProxy(*address("mysql")) as proxy:
         db = interface(max_size=1, HOST="127.0.0.1", PORT=proxy.port)
         for expected in (None, 2):
             before = proxy.round_trips
@@ -723,7 +728,7 @@ async def test_temporary_tables_are_gone_with_the_session(one: DatabaseInterface
 
 
 async def test_plain_sessions_are_not_reset(t: None) -> None:
-    async with FaultProxy(port=3306) as proxy:
+    async with FaultProxy(*address("mysql")) as proxy:
         db = interface(max_size=1, HOST="127.0.0.1", PORT=proxy.port)
         async with db.get_session() as session:
             await session.fetch_value("SELECT 1")
@@ -786,6 +791,121 @@ async def test_a_stream_left_half_way_keeps_the_connection(one: DatabaseInterfac
         gc.collect()
 
 
+LONG = "SELECT seq, REPEAT('x', 500) FROM seq_1_to_1000000"
+
+
+async def test_a_stream_left_early_is_not_sent_to_its_end(t: None) -> None:
+    """The server is told to stop; the transaction, the connection and what was written stay."""
+    sent = [0]
+
+    def count(who: str, data: bytes) -> None:
+        sent[0] += len(data) if who == SERVER else 0
+
+    async def leave(session: Session) -> None:
+        async for _ in session.stream(LONG):
+            break
+
+    async def close(session: Session) -> None:
+        rows = session.stream(LONG)
+        await anext(rows)
+        await rows.aclose()
+
+    async with FaultProxy(*address("mysql")) as proxy:
+        proxy.hook = count
+        db = interface(max_size=1, HOST="127.0.0.1", PORT=proxy.port)
+        for number, way in enumerate((leave, close)):
+            async with LoopProbe() as probe, db.get_session() as session:
+                await session.execute("INSERT INTO t (n) VALUES (%s)", [10 * number])
+                await way(session)
+                await session.execute("INSERT INTO t (n) VALUES (%s)", [10 * number + 1])
+            assert probe.worst < longest_stall()
+        assert db.stats()["connections_num"] == 1
+        await db.close()
+    assert rows() == [0, 1, 10, 11]
+    # Of more than 500 MB, twice what was on its way: the buffers of the sockets and of the proxy.
+    assert sent[0] < 60_000_000
+
+
+async def test_at_the_end_of_the_transaction_nothing_is_read_of_a_stream(
+    one: DatabaseInterface,
+) -> None:
+    """A generator that is still there when the session ends must not bring the rest into memory."""
+    async with one.get_session() as session:
+        await session.execute("INSERT INTO t (n) VALUES (1)")
+        stream = session.stream(LONG)
+        await anext(stream)
+        tracemalloc.start()
+        await session.commit()
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert peak < 10_000_000 and rows() == [1]
+    await stream.aclose()
+    with pytest.raises(ZeroDivisionError):
+        async with one.get_session() as session:
+            stream = session.stream(LONG)
+            await anext(stream)
+            raise ZeroDivisionError
+    await stream.aclose()
+    assert one.stats()["connections_num"] == 1
+
+
+async def test_a_stream_of_a_statement_that_writes_runs_to_its_end(one: DatabaseInterface) -> None:
+    """Stopping it would undo what the statement has written."""
+    insert = "INSERT INTO t (n) SELECT seq FROM seq_1_to_300000 RETURNING id, REPEAT('x', 100)"
+    async with one.get_session() as session:
+        rows_of_it = session.stream(insert, chunk_size=10)
+        await anext(rows_of_it)
+        await rows_of_it.aclose()
+    assert sync("SELECT COUNT(*) FROM t") == ((300_000,),)
+
+
+async def test_a_stream_that_cannot_be_stopped_is_read_to_its_end(
+    one: DatabaseInterface, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with one.get_session() as session:
+        await session.execute("INSERT INTO t (n) VALUES (1)")
+        connection = await session.driver_connection()
+        no_server = lambda: Connection(host="127.0.0.1", port=1)  # noqa: E731
+        monkeypatch.setattr(connection, "_reopen", no_server)
+        rows_of_it = session.stream("SELECT seq, REPEAT('x', 500) FROM seq_1_to_50000")
+        await anext(rows_of_it)
+        await rows_of_it.aclose()
+        assert await session.fetch_value("SELECT n FROM t") == 1
+    assert rows() == [1]
+
+
+async def test_a_stream_cancelled_while_it_is_stopped_leaks_nothing(t: None) -> None:
+    async def leave(db: DatabaseInterface) -> None:
+        async with db.get_session() as session:
+            stream = session.stream(LONG)
+            await anext(stream)
+            await stream.aclose()
+
+    step, done = 1, False
+    while not done:
+        db = interface(max_size=1)
+        run = cancel_at(leave(db), {step})
+        outcome = await outcome_of(run)
+        done = run.done
+        assert outcome is None if done else isinstance(outcome, asyncio.CancelledError)
+        async with db.get_session() as session:
+            assert await session.fetch_value("SELECT 7") == 7
+        await db.close()
+        await until(lambda: not sessions())
+        # Skipping takes as many steps as the network likes.
+        step += 1 if step < 12 else 5
+
+
+async def test_the_server_bears_with_a_reader_that_pauses(one: DatabaseInterface) -> None:
+    """It would end a stream that is not read for a minute; a setting of the project stays."""
+    async with one.get_session() as session:
+        assert await session.fetch_value("SELECT @@net_write_timeout") >= 3600
+    own = interface(options={"init_command": "SET SESSION net_write_timeout = 77"})
+    async with own.get_session() as session:
+        assert await session.fetch_value("SELECT @@net_write_timeout") == 77
+    await own.close()
+
+
 async def test_keys_of_many_rows_come_back_from_one_insert(db: DatabaseInterface) -> None:
     try:
         async with db.get_session() as session:
@@ -800,7 +920,7 @@ async def test_keys_of_many_rows_come_back_from_one_insert(db: DatabaseInterface
 
 
 async def test_execute_many_sends_many_in_one_packet(t: None) -> None:
-    async with FaultProxy(port=3306) as proxy:
+    async with FaultProxy(*address("mysql")) as proxy:
         db = interface(max_size=1, HOST="127.0.0.1", PORT=proxy.port)
         async with db.get_session() as session:
             await session.fetch_value("SELECT 1")

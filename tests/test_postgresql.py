@@ -46,6 +46,7 @@ from tests.faults import (
     FaultProxy,
     LoopProbe,
     OwnServer,
+    address,
     cancel_at,
     outcome_of,
     watchdog,
@@ -320,7 +321,7 @@ async def test_nothing_touched_costs_nothing_and_touched_costs_one_round_trip_or
     name: str,
 ) -> None:
     async with (
-        FaultProxy(port=int(dsn_port())) as proxy,
+        FaultProxy(*address("default")) as proxy,
         interface(name, host="127.0.0.1", port=proxy.port, pool_max_size=1) as db,
     ):
 
@@ -337,10 +338,6 @@ async def test_nothing_touched_costs_nothing_and_touched_costs_one_round_trip_or
         assert await cost("SELECT 1", autocommit=True) == 1
         assert 4 <= await cost("SET search_path = pg_catalog") <= 7
         assert await cost("SELECT 1") == 3
-
-
-def dsn_port() -> str:
-    return str(connections["default"].settings_dict["PORT"] or 5432)
 
 
 def _orm() -> None:
@@ -541,7 +538,7 @@ async def test_an_abandoned_connection_is_replaced_while_a_slow_link_delays_nobo
     name: str,
 ) -> None:
     async with (
-        FaultProxy(port=int(dsn_port())) as proxy,
+        FaultProxy(*address("default")) as proxy,
         interface(name, host="127.0.0.1", port=proxy.port, pool_max_size=2) as db,
     ):
         await asyncio.gather(db.ping(), db.ping())
@@ -555,7 +552,7 @@ async def test_an_abandoned_connection_is_replaced_while_a_slow_link_delays_nobo
 
 async def test_the_answer_may_come_in_single_bytes(name: str) -> None:
     async with (
-        FaultProxy(port=int(dsn_port())) as proxy,
+        FaultProxy(*address("default")) as proxy,
         interface(name, host="127.0.0.1", port=proxy.port, pool_max_size=1) as db,
     ):
         proxy.chunk = 1
@@ -663,7 +660,7 @@ async def test_cancelled_while_connecting_or_checking_no_place_is_lost(
     name: str, where: str
 ) -> None:
     async with (
-        FaultProxy(port=int(dsn_port())) as proxy,
+        FaultProxy(*address("default")) as proxy,
         interface(
             name, host="127.0.0.1", port=proxy.port, pool_max_size=1, pool_check="true"
         ) as db,
@@ -683,7 +680,7 @@ async def test_cancelled_while_connecting_or_checking_no_place_is_lost(
 
 async def test_a_frozen_network_costs_no_more_than_the_budget(name: str) -> None:
     async with (
-        FaultProxy(port=int(dsn_port())) as proxy,
+        FaultProxy(*address("default")) as proxy,
         interface(name, host="127.0.0.1", port=proxy.port, pool_max_size=1) as db,
     ):
         await db.ping()
@@ -1001,7 +998,7 @@ async def test_a_reset_in_the_middle_of_a_result_is_an_error_and_no_short_result
     name: str,
 ) -> None:
     async with (
-        FaultProxy(port=int(dsn_port())) as proxy,
+        FaultProxy(*address("default")) as proxy,
         interface(name, host="127.0.0.1", port=proxy.port, pool_max_size=1) as db,
     ):
         seen = 0
@@ -1023,7 +1020,7 @@ async def test_a_reset_in_the_middle_of_a_result_is_an_error_and_no_short_result
 
 async def test_a_server_that_was_down_is_found_again(name: str) -> None:
     async with (
-        FaultProxy(port=int(dsn_port())) as proxy,
+        FaultProxy(*address("default")) as proxy,
         interface(name, host="127.0.0.1", port=proxy.port, pool_max_size=3) as db,
     ):
         await db.ping()
@@ -1085,7 +1082,7 @@ async def test_a_password_changed_while_the_pool_lives_is_told_and_a_function_is
 
 async def test_a_handle_of_a_session_that_ended_sends_nothing(name: str) -> None:
     async with (
-        FaultProxy(port=int(dsn_port())) as proxy,
+        FaultProxy(*address("default")) as proxy,
         interface(name, host="127.0.0.1", port=proxy.port, pool_max_size=1) as db,
     ):
         async with db.get_session() as session:

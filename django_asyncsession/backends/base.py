@@ -517,6 +517,10 @@ class BridgedMixin(_Wrapper):
 
     # The end of a lease
 
+    def end_streams(self) -> None:
+        """Let go of the rows that streaming cursors have not read, when the session's transaction
+        ends; called in the bridge."""
+
     def reset(self) -> None:
         """Bring back what a lease may have changed on the connection; called in the bridge."""
 

@@ -55,6 +55,8 @@ IGNORED = frozenset(
     | {"multi_statements", "binary_prefix", "auth_plugin", "ssl_disabled", "ssl_verify_identity"}
 )
 CONNECT_SECONDS = 10
+# How long the reader of a stream may take between two chunks.
+STREAM_PAUSE_SECONDS = 3600
 
 # Access denied, no such database, an account that is locked or needs what asyncmy has not.
 PERMANENT = frozenset({1044, 1045, 1049, 1251, 1698, 1820, 2059, 3118, 3159})
@@ -251,9 +253,12 @@ class Mixin(BridgedMixin, _Base):
 
     # The end of a lease
 
+    def end_streams(self) -> None:
+        self.connection.end_stream()
+
     def reset(self) -> None:
         connection = self.connection
-        connection.finish_stream()
+        connection.end_stream()
         connection.prelude, connection.begin = (), driver.BEGIN
         connection.left_by_sql = False
         if not self.touched:
@@ -334,7 +339,9 @@ def _init_sql(conn_params: Mapping[str, Any]) -> str:
     names = f"SET NAMES {charset}"
     if collation := conn_params.get("collation"):
         names += f" COLLATE {collation}"
-    statements = [names, "SET autocommit = 1"]
+    # While the reader of a stream pauses, so does the server, which gives up after 60 s.
+    pause = f"net_write_timeout = GREATEST(@@net_write_timeout, {STREAM_PAUSE_SECONDS})"
+    statements = [names, f"SET autocommit = 1, SESSION {pause}"]
     if database := conn_params.get("database") or conn_params.get("db"):
         # It is not among what a reset brings back.
         statements.append("USE `{}`".format(str(database).replace("`", "``")))

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
+import logging
 import os
 import socket
 import struct
@@ -24,11 +26,15 @@ from asyncmy.constants.SERVER_STATUS import (
 )
 
 from django_asyncsession.bridge import await_, in_bridge
+from django_asyncsession.results import Reader, current_reader
+from django_asyncsession.statements import change_in
 
 if TYPE_CHECKING:
     from .base import Mixin
 
 T = TypeVar("T")
+
+logger = logging.getLogger("django_asyncsession")
 
 SERVER_GONE, SERVER_LOST, OUT_OF_SYNC = 2006, 2013, 2014
 # After these the server closes the connection: shutdown, packet too large, killed, idle for too
@@ -44,6 +50,11 @@ BATCH_BYTES = 512 * 1024
 UNKNOWN_COUNT = 2**64 - 1
 # What a parameter may be besides strings and bytes.
 ENCODED = {type_ for type_ in converters.conversions if isinstance(type_, type)} - {str, bytes}
+# The answer of a statement that KILL QUERY ended.
+INTERRUPTED = 1317
+# How often what has come of a stream that nobody wants is skipped, each time what fits in asyncmy's
+# buffer, before the server is asked to send no more; and seconds that asking may take.
+SKIPS, STOP_SECONDS = 8, 5.0
 # Seconds between two looks at whether the server has ended a killed connection.
 LOOK_MIN, LOOK_MAX = 0.005, 0.1
 BEGIN = ("START TRANSACTION",)
@@ -63,6 +74,9 @@ class Connection:
         self._owner = weakref.ref(wrapper)
         self._autocommit = True
         self._streaming: weakref.ref[StreamingCursor] | None = None
+        # Nothing is lost when the server does not go on with the statement that streams.
+        self._may_stop = False
+        self._reader: Reader | None = None
         self._transport = raw._transport
         self.fd: int = raw._transport.get_extra_info("socket").fileno()
         self.begin = BEGIN
@@ -170,6 +184,8 @@ class Connection:
         """
         wrapper = self._check_usable(coroutine)
         self.dirty = True
+        if self._streaming is not None:
+            self._transport.resume_reading()
         try:
             result = await_(coroutine)
         except errors.MySQLError as exc:
@@ -195,6 +211,7 @@ class Connection:
             raise
         self.dirty = False
         self._note_status()
+        self._hold_back()
         return result
 
     def _check_usable(self, coroutine: Coroutine[Any, Any, Any]) -> Mixin:
@@ -218,6 +235,12 @@ class Connection:
         elif self.began:
             self.began, self.left_by_sql = False, not self.commits_implicitly
 
+    def _hold_back(self) -> None:
+        """Let the server wait with the rows that nobody has asked for yet: asyncmy takes in all
+        that comes."""
+        if self._streaming is not None:
+            self._transport.pause_reading()
+
     def execute(self, sql: bytes) -> list[Any]:
         """Run SQL and read all its results.
 
@@ -237,13 +260,19 @@ class Connection:
             results.append(self.raw._result)
         return results[skip:]
 
-    def stream(self, cursor: StreamingCursor, sql: bytes) -> Any:
-        """Run SQL and leave its rows to be read by `cursor`."""
+    def stream(self, cursor: StreamingCursor, sql: bytes, may_stop: bool) -> Any:
+        """Run SQL and leave its rows to be read by `cursor`.
+
+        Args:
+            may_stop: it only reads, so that it need not run to its end.
+        """
         self.finish_stream()
         before = self._before()
         text = "; ".join([*before, ""]).encode() + sql
         result = self.run(self._first_rows(text, len(before)))
         self._streaming = weakref.ref(cursor) if result.unbuffered_active else None
+        self._may_stop, self._reader = may_stop, current_reader()
+        self._hold_back()
         return result
 
     async def _first_rows(self, sql: bytes, skip: int) -> Any:
@@ -255,21 +284,65 @@ class Connection:
         return self.raw._result
 
     def finish_stream(self) -> None:
-        """Read what a streaming cursor has left, which stands in the way of anything else."""
+        """Read what a streaming cursor has left, which stands in the way of anything else; skip it
+        when nobody will read it."""
         if self._streaming is None:
             return
-        cursor, self._streaming = self._streaming(), None
-        if cursor is not None:
+        is_read = self._reader is None or not self._reader.is_gone
+        if (cursor := self._streaming()) is not None and is_read:
             cursor.read_rest()
-        elif (result := self.raw._result) is not None and result.unbuffered_active:
-            self.run(result._finish_unbuffered_query())
+        else:
+            self.end_stream()
 
     def end_stream(self) -> None:
         """Skip what the streaming cursor has left."""
-        self._streaming = None
         result = self.raw._result
-        if result is not None and result.unbuffered_active:
-            self.run(result._finish_unbuffered_query())
+        if self._streaming is not None and result is not None and result.unbuffered_active:
+            self.run(self._skip(result))
+        self._streaming = None
+
+    async def _skip(self, result: Any) -> None:
+        stopped = False
+        try:
+            for number in itertools.count(1):
+                if await result._read_rowdata_packet_unbuffered() is None:
+                    break
+                # What has come with that row.
+                result._take_pending_rows()
+                if number == SKIPS and self._may_stop:
+                    stopped = await self._stop_query()
+        except errors.MySQLError as exc:
+            if not stopped or exc.args[:1] != (INTERRUPTED,):
+                raise
+        self.stream_ended(result)
+        if stopped:
+            # A KILL that came too late for the statement would end the next one.
+            with contextlib.suppress(errors.OperationalError):
+                await self._results(b"DO 0", 0)
+
+    async def _stop_query(self) -> bool:
+        """Let the server end the statement, over a connection of its own; whether it was told."""
+        self._transport.pause_reading()
+        side = self._reopen()
+        try:
+            async with asyncio.timeout(STOP_SECONDS):
+                await side.connect()
+                await side.query(f"KILL QUERY {self.thread_id()}")
+                await side.ensure_closed()
+        except (errors.MySQLError, OSError, TimeoutError) as exc:
+            # The rows are read over instead.
+            logger.info("a query of a stream that was left could not be stopped: %s", exc)
+            return False
+        finally:
+            side.close()
+            self._transport.resume_reading()
+        return True
+
+    def stream_ended(self, result: Any) -> None:
+        """The server has sent the last row."""
+        self._streaming = None
+        if result.server_status:
+            self.raw.server_status = result.server_status
 
     # Literals
 
@@ -514,7 +587,8 @@ def _batches(statements: Iterator[bytes]) -> Iterator[list[bytes]]:
 
 
 class StreamingCursor(Cursor):
-    """A cursor that reads its rows from the network as they are fetched.
+    """A cursor that reads its rows from the network as they are fetched; between two fetches the
+    server waits.
 
     Another statement on the connection makes it read the rest into memory first: the server sends
     nothing else before.
@@ -524,7 +598,8 @@ class StreamingCursor(Cursor):
 
     def execute(self, sql: Any, params: Any = None) -> int:
         self._executed = self.connection.mogrify(sql, params)
-        result = self.connection.stream(self, self._executed)
+        may_stop = isinstance(sql, str) and not change_in(sql)
+        result = self.connection.stream(self, self._executed, may_stop)
         self._show(result)
         self._result = result if result.unbuffered_active else None
         return self.rowcount
@@ -551,7 +626,7 @@ class StreamingCursor(Cursor):
             self._rows, self._at = super().fetchall() + tuple(rest), 0
 
     def close(self) -> None:
-        """Skip the rows that are left: the server sends them all the same."""
+        """Skip the rows that are left; of many, the server is told to send no more."""
         super().close()
         result, self._result = self._result, None
         if result is not None and not self.connection.closed and not self.connection.dirty:
@@ -569,11 +644,6 @@ class StreamingCursor(Cursor):
             # Those that are in memory already come without a coroutine for each.
             rows += result._take_pending_rows(None if size is None else size - len(rows))
         if not result.unbuffered_active:
-            self._finished(result)
+            self._result = None
+            self.connection.stream_ended(result)
         return rows
-
-    def _finished(self, result: Any) -> None:
-        self._result = None
-        self.connection._streaming = None
-        if result.server_status:
-            self.connection.raw.server_status = result.server_status
