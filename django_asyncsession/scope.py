@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from types import TracebackType
 from typing import Any, Self
 
-from asgiref.sync import SyncToAsync, ThreadSensitiveContext
+from asgiref.sync import AsyncToSync, SyncToAsync, ThreadSensitiveContext
 
 from .conf import settings
 from .exceptions import SyncContextError
@@ -143,7 +143,14 @@ class StreamedBody:
     def __init__(self, parts: AsyncIterator[Any], scope: RequestScope) -> None:
         self._parts, self._scope = parts, scope
         self._loop = asyncio.get_running_loop()
-        self._ended = False
+        self._ended = self._watched = False
+        # A sync middleware around this one awaits it in a task of its own, which ends now.
+        if not _is_waited_for_in_thread():
+            self._watch()
+
+    def _watch(self) -> None:
+        """End with the current task, which sends the body."""
+        self._watched = True
         end = _EndOfTask(self)
         if (task := asyncio.current_task()) is not None:
             task.add_done_callback(end)
@@ -152,6 +159,8 @@ class StreamedBody:
         return self
 
     async def __anext__(self) -> Any:
+        if not self._watched:
+            self._watch()
         try:
             return await anext(self._parts)
         except StopAsyncIteration:
@@ -181,6 +190,12 @@ class StreamedBody:
 
     def __del__(self) -> None:
         self.close()
+
+
+def _is_waited_for_in_thread() -> bool:
+    """Whether the current task is one that `async_to_sync` made for the sync code of a thread."""
+    coroutine = None if (task := asyncio.current_task()) is None else task.get_coro()
+    return getattr(coroutine, "cr_code", None) is AsyncToSync.main_wrap.__code__
 
 
 class _EndOfTask:

@@ -357,6 +357,28 @@ async def test_a_streaming_body_has_the_session_until_its_end_and_then_it_commit
     assert Stream.ended is not None and Stream.ended.closed
 
 
+async def test_a_streaming_body_passes_a_sync_middleware_around_the_session(
+    real_database: DatabaseInterface, saved: Any
+) -> None:
+    with override_settings(MIDDLEWARE=[f"{__name__}.sync_only", *MIDDLEWARE]):
+        connection = Connection("/stream/")
+        await connection.run()
+    assert connection.body == b"1\n2\n3\n4\n5\n"
+    assert await saved() == ["before the body"]
+    assert Stream.ended is not None and Stream.ended.closed
+
+
+async def test_a_client_that_leaves_a_stream_around_which_is_a_sync_middleware_rolls_back(
+    real_database: DatabaseInterface, saved: Any
+) -> None:
+    Stream.rows = 100_000
+    with override_settings(MIDDLEWARE=[f"{__name__}.sync_only", *MIDDLEWARE]):
+        await Connection("/stream/", leave_after=2).run()
+    await wait_until_clean(real_database)
+    assert Stream.ended is not None and Stream.ended.closed
+    assert await saved() == []
+
+
 @pytest.mark.usefixtures("database")
 async def test_a_body_that_raises_rolls_back(saved: Any) -> None:
     Stream.error_at = 3
