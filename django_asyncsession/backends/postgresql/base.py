@@ -64,9 +64,10 @@ class Connection(psycopg.Connection[Any]):
         # A transaction was seen on the server; it was ended by SQL that is not ours.
         self.began = self.left_by_sql = False
         self._farewell: Farewell | None = None
-        # A call waits in the bridge; the number of its socket, kept when the socket was closed.
-        self._waiting = False
-        self._kept: int | None = None
+        # The loop in which a call waits in the bridge; the connection was abandoned meanwhile, and
+        # that call closes it.
+        self._waits_in: asyncio.AbstractEventLoop | None = None
+        self._ending = False
 
     @classmethod
     def connect(cls, conninfo: str = "", **kwargs: Any) -> Connection:
@@ -85,17 +86,15 @@ class Connection(psycopg.Connection[Any]):
             wrapper.check_served()
         if not in_bridge():
             return super().wait(gen, interval=interval, timeout=timeout)
-        self._waiting = True
+        fd, steps = self.pgconn.socket, [self._until_abandoned(gen)]
         try:
-            return await_(
-                waiting.wait_async(gen, self.pgconn.socket, interval=interval, timeout=timeout)
-            )
+            return await_(waiting.wait_async(steps.pop(), fd, interval=interval, timeout=timeout))
         except Exception:
             raise
         except BaseException:
             # Cancelled, or closed, in the middle of a round trip: what the server does now is not
             # certain.
-            self._waiting = False
+            self._note_end_of_wait()
             wrapper = None if self.wrapper is None else self.wrapper()
             if wrapper is not None:
                 wrapper.cut_off()
@@ -103,11 +102,29 @@ class Connection(psycopg.Connection[Any]):
                 self.abandon()
             raise
         finally:
-            self._waiting = False
-            if self._kept is not None:
-                os.close(self._kept)
-                self._kept = None
+            self._note_end_of_wait()
             self._note_status()
+
+    def _until_abandoned(self, gen: PQGen[RV]) -> PQGen[RV]:
+        """`gen`, ended at the first step after `abandon`: in a tenth of a second at the latest."""
+        self._waits_in = asyncio.get_running_loop()
+        try:
+            state = next(gen)
+            while True:
+                ready = yield state
+                if self._ending:
+                    raise psycopg.OperationalError("the connection was closed in another task")
+                state = gen.send(ready)
+        except StopIteration as end:
+            return end.value  # type: ignore[no-any-return]
+        finally:
+            # Here too: what waits may be collected, in whichever thread.
+            self._note_end_of_wait()
+
+    def _note_end_of_wait(self) -> None:
+        self._waits_in = None
+        if self._ending:
+            self.pgconn.finish()
 
     def _note_status(self) -> None:
         status = self.pgconn.transaction_status
@@ -163,42 +180,22 @@ class Connection(psycopg.Connection[Any]):
 
     def abandon(self) -> None:
         """Close the socket now, keeping what `farewell` needs to end the statement on the
-        server."""
+        server.
+
+        While a call of another task waits for it, that call closes it: once closed, the number of
+        the socket may be that of a file or socket of anybody's, whom the loop would mix up with it.
+        """
+        if self._ending:
+            return
         if not self.closed:
-            fd = self._take_from_waiter()
             with contextlib.suppress(OSError, psycopg.Error):
                 runs = self.pgconn.transaction_status == ACTIVE and capabilities.has_cancel_safe()
                 cancel = self.pgconn.cancel_conn() if runs else None
                 self._farewell = Farewell(cancel, socket.socket(fileno=os.dup(self.pgconn.socket)))
+        self._ending = self._waits_in is not None and not self._waits_in.is_closed()
+        if not self._ending:
+            # Also if the server has closed it: libpq may hold the socket still.
             self.pgconn.finish()
-            if fd is not None:
-                self._keep(fd)
-        else:
-            # The server has closed it, but libpq may hold the socket still.
-            self.pgconn.finish()
-
-    def _take_from_waiter(self) -> int | None:
-        """The number of the socket that another task waits for at this moment, if one does.
-
-        That task will learn of the end in a tenth of a second. Until then the number must not be
-        that of another socket: the loop would mix up who waits for which.
-        """
-        if not self._waiting or self._kept is not None:
-            return None
-        fd: int = self.pgconn.socket
-        if (loop := asyncio._get_running_loop()) is not None:
-            loop.remove_reader(fd)
-            loop.remove_writer(fd)
-        return fd
-
-    def _keep(self, fd: int) -> None:
-        """Take the number again that closing has made free, with a file that cannot be waited
-        for."""
-        null = os.open(os.devnull, os.O_RDWR)
-        if null != fd:
-            os.dup2(null, fd)
-            os.close(null)
-        self._kept = fd
 
     def __del__(self, *args: Any) -> None:
         # Of a pooled connection the lease, or the session, has told already.
