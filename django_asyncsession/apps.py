@@ -18,23 +18,24 @@ class AsyncSessionConfig(AppConfig):
     def __init__(self, app_name: str, app_module: Any) -> None:
         super().__init__(app_name, app_module)
         # Not in ready(): the first model class of the project loads the backend of "default".
-        from django.db import connections
+        from django.db import connections as django_connections
 
+        from . import connections
         from .backends.base import import_engines, install_drivers
 
-        engines = [entry["ENGINE"] for entry in connections.settings.values()]
+        connections.install()
+        engines = [entry["ENGINE"] for entry in django_connections.settings.values()]
         install_drivers(engines)
         import_engines(engines)
 
     def ready(self) -> None:
-        """Answer Django's guards and `connections`, before anything connects; register the system
-        checks, and turn native mode on if it is set."""
-        from . import checks, connections  # noqa: F401
+        """Answer Django's guards, before anything connects; register the system checks, and turn
+        native mode on if it is set."""
+        from . import checks  # noqa: F401
         from .bridge import answer_async_guards
         from .native import follow_settings
         from .rows import blocked_access
 
         answer_async_guards(blocked_access)
-        connections.install()
         follow_settings()
         setting_changed.connect(follow_settings)

@@ -17,8 +17,11 @@ from django.db import DatabaseError, connections
 from django.utils.module_loading import import_string
 
 from .backends.base import bridged_class
-from .conf import DEFAULTS
+from .conf import DEFAULTS, problems_of
 from .conf import settings as own_settings
+from .exceptions import ConfigurationError
+from .middleware import places
+from .native import NEEDS_MIDDLEWARE, needs_middleware
 from .routes import VERIFIED, is_verified
 
 MIDDLEWARE = "django_asyncsession.middleware.AsyncSessionMiddleware"
@@ -45,8 +48,16 @@ def _id(name: str) -> str:
     return f"django_asyncsession.{name}"
 
 
+def _setting(name: str) -> Any:
+    """The value of a key; its default when something is wrong with the setting, which E004 says."""
+    try:
+        return getattr(own_settings, name)
+    except ConfigurationError:
+        return DEFAULTS[name]
+
+
 def _alias() -> str:
-    return str(own_settings.ALIAS)
+    return str(_setting("ALIAS"))
 
 
 def _database() -> Mapping[str, Any]:
@@ -55,14 +66,18 @@ def _database() -> Mapping[str, Any]:
     return found
 
 
-def _uses_middleware() -> bool:
-    return MIDDLEWARE in django_settings.MIDDLEWARE
+def _vendor(engine: str) -> str:
+    """Django's name of the database; empty when the engine cannot be used, which E002 says."""
+    try:
+        return bridged_class(engine).vendor
+    except ImproperlyConfigured:
+        return ""
 
 
-@register(Tags.database)
+@register(Tags.compatibility)
 def check_atomic_requests(**kwargs: Any) -> list[CheckMessage]:
     """E001: Django's ATOMIC_REQUESTS refuses async views."""
-    if not _uses_middleware() or not _database().get("ATOMIC_REQUESTS"):
+    if not places() or not _database().get("ATOMIC_REQUESTS"):
         return []
     return [
         Error(
@@ -78,11 +93,11 @@ def check_versions(**kwargs: Any) -> list[CheckMessage]:
     """E002: an engine that cannot be bridged, or a package that is missing or too old."""
     wanted = dict(MINIMUM)
     problems = []
-    if _database():
+    for alias in sorted({_alias(), *_setting("POOLS")} & set(connections.settings)):
         try:
-            wanted |= DRIVERS.get(bridged_class(_database()["ENGINE"]).vendor, {})
+            wanted |= DRIVERS.get(bridged_class(connections.settings[alias]["ENGINE"]).vendor, {})
         except ImproperlyConfigured as exc:
-            problems.append(f"The engine of {_alias()!r} cannot be used: {exc}")
+            problems.append(f"{alias!r}: {exc}.")
     for name, minimum in wanted.items():
         found = _version(name)
         if found is None or found < minimum:
@@ -107,7 +122,7 @@ def _dotted(version: Sequence[int]) -> str:
 @register(Tags.compatibility)
 def check_listed_once(**kwargs: Any) -> list[CheckMessage]:
     """E003: the middleware is in MIDDLEWARE twice."""
-    times = list(django_settings.MIDDLEWARE).count(MIDDLEWARE)
+    times = len(places())
     if times < 2:
         return []
     return [
@@ -121,29 +136,28 @@ def check_listed_once(**kwargs: Any) -> list[CheckMessage]:
 
 @register(Tags.compatibility)
 def check_settings(**kwargs: Any) -> list[CheckMessage]:
-    """E004: keys of ASYNC_SESSION that do not exist, and pool options that cannot work."""
-    given: Mapping[str, Any] = getattr(django_settings, "ASYNC_SESSION", {})
-    problems = [
-        f"ASYNC_SESSION has no key {key!r}; it has {sorted(DEFAULTS)}."
-        for key in given
-        if key not in DEFAULTS
-    ]
+    """E004: ASYNC_SESSION is no dict, has keys that do not exist or values that cannot be, or pool
+    options that cannot work."""
+    given: Any = getattr(django_settings, "ASYNC_SESSION", {})
+    problems = [f"{problem}." for problem in problems_of(given)]
     if _alias() not in connections.settings:
         problems.append(f'ASYNC_SESSION["ALIAS"] is {_alias()!r}, which DATABASES does not have.')
-    problems += _pool_problems(given.get("POOLS", {}))
+    problems += _pool_problems(_setting("POOLS"))
     return [Error(problem, id=_id("E004")) for problem in problems]
 
 
 def _pool_problems(pools: Mapping[str, Any]) -> Iterable[str]:
     from .interface import databases
 
+    if list(problems_of(getattr(django_settings, "ASYNC_SESSION", {}))):
+        return
     for alias in pools:
         if alias not in connections.settings:
             yield f'ASYNC_SESSION["POOLS"] names {alias!r}, which DATABASES does not have.'
     for interface in databases.all():
         try:
             interface.stats()
-        except (ImproperlyConfigured, TypeError) as exc:
+        except ConfigurationError as exc:
             yield f"The pool of {interface.alias!r} cannot be made: {exc}."
 
 
@@ -151,9 +165,9 @@ def _pool_problems(pools: Mapping[str, Any]) -> Iterable[str]:
 def check_order(**kwargs: Any) -> list[CheckMessage]:
     """W101: the middleware stands inside others that use the database."""
     middleware = list(django_settings.MIDDLEWARE)
-    if not _uses_middleware():
+    if not places():
         return []
-    before = [m for m in middleware[: middleware.index(MIDDLEWARE)] if m in DATABASE_MIDDLEWARE]
+    before = [m for m in middleware[: places()[0]] if m in DATABASE_MIDDLEWARE]
     if not before:
         return []
     return [
@@ -169,10 +183,10 @@ def check_order(**kwargs: Any) -> list[CheckMessage]:
 def check_sync_middleware(**kwargs: Any) -> list[CheckMessage]:
     """W111: middleware inside ours that is sync only costs a thread for each request."""
     middleware = list(django_settings.MIDDLEWARE)
-    if not _uses_middleware():
+    if not places():
         return []
-    inside = middleware[middleware.index(MIDDLEWARE) + 1 :]
-    slow = [name for name in inside if not getattr(import_string(name), "async_capable", False)]
+    inside = middleware[places()[0] + 1 :]
+    slow = [name for name in inside if not _is_async_capable(name)]
     return [
         Warning(
             f"{name} is sync only, so each request goes through a thread on its way to the view.",
@@ -183,10 +197,18 @@ def check_sync_middleware(**kwargs: Any) -> list[CheckMessage]:
     ]
 
 
-@register(Tags.database)
+def _is_async_capable(name: str) -> bool:
+    try:
+        return bool(getattr(import_string(name), "async_capable", False))
+    except ImportError:
+        # Django says so when it loads its middleware.
+        return True
+
+
+@register(Tags.compatibility)
 def check_persistent_connections(**kwargs: Any) -> list[CheckMessage]:
     """W102: Django keeps connections of its own open beside the pool."""
-    if not _uses_middleware() or _database().get("CONN_MAX_AGE") == 0:
+    if not places() or _database().get("CONN_MAX_AGE") == 0:
         return []
     return [
         Warning(
@@ -207,8 +229,13 @@ def check_server_connections(databases: Sequence[str] | None = None, **kwargs: A
     from .interface import databases as interfaces
 
     workers = os.environ.get("WEB_CONCURRENCY", "")
-    wanted = interfaces[_alias()].stats()["pool_max"] * (int(workers) if workers.isdigit() else 1)
-    available = _server_connections(interfaces[_alias()])
+    try:
+        limit = interfaces[_alias()].stats()["pool_max"]
+        available = _server_connections(interfaces[_alias()])
+    except ConfigurationError:
+        # E002 or E004 says so.
+        return []
+    wanted = limit * (int(workers) if workers.isdigit() else 1)
     if available is None or wanted <= available:
         return []
     return [
@@ -244,7 +271,7 @@ def _server_connections(interface: Any) -> int | None:
         return None
 
 
-@register(Tags.database)
+@register(Tags.compatibility)
 def check_pooler(**kwargs: Any) -> list[CheckMessage]:
     """W104: behind a transaction pooler, prepared statements and named cursors break."""
     database = _database()
@@ -263,11 +290,11 @@ def check_pooler(**kwargs: Any) -> list[CheckMessage]:
     ]
 
 
-@register(Tags.database, deploy=True)
+@register(Tags.compatibility, deploy=True)
 def check_timeouts(**kwargs: Any) -> list[CheckMessage]:
     """W105: nothing ends a statement, or an idle transaction, that takes for ever."""
     database = _database()
-    if not database or bridged_class(database["ENGINE"]).vendor != "postgresql":
+    if not database or _vendor(database["ENGINE"]) != "postgresql":
         return []
     given = str(database["OPTIONS"].get("options", ""))
     missing = [
@@ -294,7 +321,7 @@ def check_encryption(**kwargs: Any) -> list[CheckMessage]:
     host = str(database.get("HOST", ""))
     if not database or host in LOCAL_HOSTS or host.startswith("/"):
         return []
-    vendor, options = bridged_class(database["ENGINE"]).vendor, database["OPTIONS"]
+    vendor, options = _vendor(database["ENGINE"]), database["OPTIONS"]
     if vendor == "postgresql" and options.get("sslmode") != "verify-full":
         problem, hint = "sslmode is weaker than verify-full", 'OPTIONS = {"sslmode": "verify-full"}'
     elif vendor == "mysql" and not options.get("ssl"):
@@ -308,7 +335,7 @@ def check_encryption(**kwargs: Any) -> list[CheckMessage]:
 @register(Tags.security, deploy=True)
 def check_debug(**kwargs: Any) -> list[CheckMessage]:
     """W107: DEBUG keeps every statement in memory and shows SQL on error pages."""
-    if not django_settings.DEBUG or not _uses_middleware():
+    if not django_settings.DEBUG or not places():
         return []
     return [
         Warning(
@@ -322,7 +349,7 @@ def check_debug(**kwargs: Any) -> list[CheckMessage]:
 @register(Tags.compatibility)
 def check_asgi(**kwargs: Any) -> list[CheckMessage]:
     """W108: only WSGI is set up, where no session can be used."""
-    if not _uses_middleware() or _has_asgi():
+    if not places() or _has_asgi():
         return []
     return [
         Warning(
@@ -347,7 +374,7 @@ def _has_asgi() -> bool:
         return False
 
 
-@register(Tags.database)
+@register(Tags.compatibility)
 def check_mysql_engine(**kwargs: Any) -> list[CheckMessage]:
     """W109: tables of a MySQL engine without transactions cannot be rolled back."""
     database = _database()
@@ -365,7 +392,7 @@ def check_mysql_engine(**kwargs: Any) -> list[CheckMessage]:
 @register(Tags.compatibility)
 def check_native_version(**kwargs: Any) -> list[CheckMessage]:
     """W112: native mode replaces names in modules of a Django that it was not verified with."""
-    if not own_settings.NATIVE_ORM or is_verified():
+    if not _setting("NATIVE_ORM") or is_verified():
         return []
     verified = ", ".join(map(_dotted, sorted(VERIFIED)))
     return [
@@ -376,3 +403,58 @@ def check_native_version(**kwargs: Any) -> list[CheckMessage]:
             id=_id("W112"),
         )
     ]
+
+
+@register(Tags.compatibility)
+def check_native_middleware(**kwargs: Any) -> list[CheckMessage]:
+    """E005: native mode without the middleware, where each statement commits by itself."""
+    if not needs_middleware():
+        return []
+    return [
+        Error(
+            'ASYNC_SESSION["NATIVE_ORM"] is on and MIDDLEWARE lacks '
+            f"{MIDDLEWARE}, so a view that raises keeps what it wrote.",
+            hint="Put the middleware first in MIDDLEWARE. If native mode is for commands and "
+            "consumers only, silence this check: requests are refused otherwise.",
+            id=NEEDS_MIDDLEWARE,
+        )
+    ]
+
+
+@register(Tags.compatibility)
+def check_native_orm(**kwargs: Any) -> list[CheckMessage]:
+    """E006: NATIVE_MIDDLEWARE does nothing without NATIVE_ORM."""
+    if not _setting("NATIVE_MIDDLEWARE") or _setting("NATIVE_ORM"):
+        return []
+    return [
+        Error(
+            'ASYNC_SESSION["NATIVE_MIDDLEWARE"] is on and "NATIVE_ORM" is off, so it does nothing.',
+            hint="Turn NATIVE_ORM on as well, or NATIVE_MIDDLEWARE off.",
+            id=_id("E006"),
+        )
+    ]
+
+
+@register(Tags.compatibility)
+def check_pool_of_django(**kwargs: Any) -> list[CheckMessage]:
+    """E007: OPTIONS["pool"] where Django itself cannot connect with it."""
+    messages: list[CheckMessage] = []
+    for alias, database in connections.settings.items():
+        vendor = _vendor(database["ENGINE"]) if database["OPTIONS"].get("pool") else ""
+        if vendor == "postgresql" and find_spec("psycopg_pool") is None:
+            problem = "and psycopg_pool is not installed"
+            hint = "pip install 'django-asyncsession[postgresql]'"
+        elif vendor not in ("", "postgresql"):
+            problem = "which Django knows for PostgreSQL only"
+            hint = "Remove it"
+        else:
+            continue
+        messages.append(
+            Error(
+                f'DATABASES[{alias!r}]["OPTIONS"] has "pool", {problem}, so sync code cannot '
+                "connect.",
+                hint=f'{hint}; or move it to ASYNC_SESSION["POOLS"][{alias!r}].',
+                id=_id("E007"),
+            )
+        )
+    return messages

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 DEFAULTS: Final[Mapping[str, Any]] = {
@@ -33,18 +33,59 @@ DEFAULTS: Final[Mapping[str, Any]] = {
 class Settings:
     """ASYNC_SESSION as attributes, read anew at each access so that `override_settings` works."""
 
+    # What was found to be right; the same dict is not looked through at each access.
+    _checked: object = DEFAULTS
+
     def __getattr__(self, name: str) -> Any:
         """The value of the key `name`, or its default.
 
         Raises:
             AttributeError: there is no such key.
+            ConfigurationError: ASYNC_SESSION is no dict, has another key, or a value that cannot
+                be.
         """
         from django.conf import settings as django_settings
 
         if name not in DEFAULTS:
             raise AttributeError(f"ASYNC_SESSION has no key {name!r}; it has {sorted(DEFAULTS)}")
-        given: Mapping[str, Any] = getattr(django_settings, "ASYNC_SESSION", {})
+        given: Any = getattr(django_settings, "ASYNC_SESSION", DEFAULTS)
+        if given is not self._checked:
+            self._check(given)
         return given.get(name, DEFAULTS[name])
+
+    def _check(self, given: object) -> None:
+        from .exceptions import ConfigurationError
+
+        if problems := list(problems_of(given)):
+            raise ConfigurationError("; ".join(problems))
+        self._checked = given
+
+
+def problems_of(given: object) -> Iterator[str]:
+    """What is wrong with a value of ASYNC_SESSION, in words; the aliases are not looked at."""
+    if not isinstance(given, Mapping):
+        yield f"ASYNC_SESSION is {given!r}; give a dict, such as {{'NATIVE_ORM': True}}"
+        return
+    for name, value in given.items():
+        if name not in DEFAULTS:
+            yield f"ASYNC_SESSION has no key {name!r}; it has {sorted(DEFAULTS)}"
+        elif (wanted := _wanted(DEFAULTS[name], value)) is not None:
+            yield f'ASYNC_SESSION["{name}"] is {value!r}; give {wanted}'
+
+
+def _wanted(default: object, value: object) -> str | None:
+    """What to give instead of a value that is not of the kind of its default; None: it is."""
+    if isinstance(default, bool):
+        return None if isinstance(value, bool) else "True or False"
+    if isinstance(default, str):
+        return None if isinstance(value, str) and value else "a name"
+    if isinstance(default, Mapping):
+        return None if isinstance(value, Mapping) else "a dict"
+    if isinstance(default, Sequence):
+        return None if isinstance(value, list | tuple | set | frozenset) else "a list"
+    if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
+        return None if value is None or value >= 0 else "seconds, 0 or more, or None"
+    return "seconds, or None"
 
 
 settings: Final = Settings()

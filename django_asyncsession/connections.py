@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 from django.db import connections
 from greenlet import getcurrent
 
-from .backends.base import BridgedMixin
+from .backends.base import BridgedMixin, missing, wrapper_class
 from .bridge import Bridge, in_bridge
-from .exceptions import SessionClosedError
+from .exceptions import ConfigurationError, SessionClosedError
 
 T = TypeVar("T")
 
@@ -26,6 +26,15 @@ class Connections(type(connections)):  # type: ignore[misc]
         if isinstance(call, Bridge) and (wrapper := call.connection(alias)) is not None:
             return wrapper
         return super().__getitem__(alias)
+
+    def create_connection(self, alias: str) -> Any:
+        """A new connection of an alias; one that refuses to connect, and says which driver to
+        install, when its engine cannot be imported."""
+        settings_dict = self.settings[alias]
+        try:
+            return wrapper_class(settings_dict["ENGINE"])(settings_dict, alias)
+        except ConfigurationError as error:
+            return missing(settings_dict, alias, error)
 
     def __delitem__(self, alias: str) -> None:
         """Forget the connection of an alias; a session's is not Django's to forget."""

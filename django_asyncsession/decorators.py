@@ -9,6 +9,9 @@ from contextlib import contextmanager
 from functools import wraps
 from typing import Any, TypeVar, overload
 
+from django.apps import apps
+
+from .bridge import check_guards_answered
 from .conf import settings
 from .exceptions import SyncContextError
 from .scope import RequestScope, new_session, own_thread
@@ -128,6 +131,9 @@ def _injected(function: F, name: str, call: Call, decorator: str) -> F:
             f"{decorator} on {function!r}, which is not async; make it `async def`, "
             "or use Django's ORM there as usual"
         )
+    if apps.ready:
+        # So that `manage.py check`, which imports the views, says so.
+        check_guards_answered()
 
     @wraps(function)
     async def injected(*args: Any, **kwargs: Any) -> Any:

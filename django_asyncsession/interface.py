@@ -160,6 +160,7 @@ class DatabaseInterface:
         return pool if pool is not None and pool.belongs_to(loop) else None
 
     def _make_pool(self) -> Pool[BridgedMixin]:
+        bridge.check_guards_answered()
         return Pool(
             self._open_connection,
             _is_usable,
@@ -198,6 +199,10 @@ class DatabaseInterface:
         given: Any = settings.POOLS.get(self.alias)
         if given is None:
             given = self._settings_dict["OPTIONS"].get("pool")
+        elif not isinstance(given, Mapping):
+            raise ConfigurationError(
+                f'ASYNC_SESSION["POOLS"][{self.alias!r}] is {given!r}; give a dict of pool options'
+            )
         options = dict(given) if isinstance(given, Mapping) else {}
         if unknown := options.keys() - POOL_OPTIONS - IGNORED_OPTIONS:
             raise ConfigurationError(

@@ -9,12 +9,16 @@ from types import FrameType
 from typing import Any
 
 from asgiref.sync import iscoroutinefunction, markcoroutinefunction
+from django.apps import apps
+from django.conf import settings as django_settings
 from django.core.handlers.base import BaseHandler
 from django.core.handlers.wsgi import WSGIRequest
 from django.core.signals import got_request_exception
 from django.http import HttpRequest
 from django.http.response import HttpResponseBase
+from django.utils.module_loading import import_string
 
+from .bridge import check_guards_answered
 from .conf import settings
 from .scope import RefusedSession, RequestScope, new_session
 
@@ -27,6 +31,10 @@ WSGI = (
     "serve the project's ASGI application, for example with uvicorn"
 )
 _SCOPE = "_async_session_scope"
+
+if apps.ready:
+    # As Django does with a model whose app is missing: without the app no check of ours would run.
+    check_guards_answered()
 
 
 class AsyncSessionMiddleware:
@@ -43,6 +51,7 @@ class AsyncSessionMiddleware:
     sync_capable = False
 
     def __init__(self, get_response: Callable[[HttpRequest], Awaitable[HttpResponseBase]]) -> None:
+        check_guards_answered()
         self.get_response = get_response
         markcoroutinefunction(self)
         _watch_views(_loading_handler(sys._getframe(1)))
@@ -67,6 +76,25 @@ class AsyncSessionMiddleware:
     def process_exception(self, request: HttpRequest, exception: Exception) -> None:
         """Note what was raised, by the rendering of a template response for example."""
         rollback_request(request)
+
+
+def places() -> list[int]:
+    """Where in MIDDLEWARE this one is, or one that derives from it."""
+    name = f"{AsyncSessionMiddleware.__module__}.{AsyncSessionMiddleware.__qualname__}"
+    return [
+        place
+        for place, listed in enumerate(django_settings.MIDDLEWARE)
+        if listed == name or _is_derived(listed)
+    ]
+
+
+def _is_derived(name: str) -> bool:
+    try:
+        found = import_string(name)
+    except ImportError:
+        # Django says so when it loads its middleware.
+        return False
+    return isinstance(found, type) and issubclass(found, AsyncSessionMiddleware)
 
 
 def rollback_request(request: Any) -> None:

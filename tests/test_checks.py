@@ -5,14 +5,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
-from django.core.checks import CheckMessage
+from django.core.checks import CheckMessage, Tags
 from django.db import connections
 from django.test import override_settings
 
 from django_asyncsession import checks
+from django_asyncsession.middleware import AsyncSessionMiddleware
 
 OURS = checks.MIDDLEWARE
 SESSIONS = "django.contrib.sessions.middleware.SessionMiddleware"
@@ -45,8 +47,11 @@ ALL: list[Callable[..., list[Any]]] = [
     checks.check_encryption,
     checks.check_listed_once,
     checks.check_mysql_engine,
+    checks.check_native_middleware,
+    checks.check_native_orm,
     checks.check_order,
     checks.check_persistent_connections,
+    checks.check_pool_of_django,
     checks.check_pooler,
     checks.check_server_connections,
     checks.check_settings,
@@ -178,3 +183,65 @@ def test_a_new_project_has_asgi_beside_wsgi() -> None:
 def test_tables_without_transactions() -> None:
     with database(OPTIONS={"init_command": "SET default_storage_engine=MyISAM"}):
         assert ids(checks.check_mysql_engine()) == ["W109"]
+
+
+def test_only_what_asks_the_server_waits_for_a_database_to_be_named() -> None:
+    """`check` and `check --deploy` run all others."""
+    found = {check for check in vars(checks).values() if hasattr(check, "tags")}
+    assert {check for check in found if Tags.database in check.tags} == {
+        checks.check_server_connections
+    }
+
+
+def test_a_derived_middleware_counts_as_the_middleware() -> None:
+    derived = f"{__name__}.Derived"
+    with override_settings(MIDDLEWARE=[SESSIONS, derived], ASYNC_SESSION={"NATIVE_ORM": True}):
+        assert checks.check_native_middleware() == []
+        assert ids(checks.check_order()) == ["W101"]
+
+
+class Derived(AsyncSessionMiddleware):
+    """A project's own."""
+
+
+def test_a_middleware_that_does_not_exist_is_left_to_django() -> None:
+    with override_settings(MIDDLEWARE=["no.such.Middleware", OURS, "no.such.Middleware"]):
+        assert checks.check_listed_once() == checks.check_sync_middleware() == []
+
+
+def test_native_mode_without_the_middleware() -> None:
+    with override_settings(MIDDLEWARE=[SESSIONS], ASYNC_SESSION={"NATIVE_ORM": True}):
+        messages = checks.check_native_middleware()
+    assert ids(messages) == ["E005"]
+    assert OURS in messages[0].msg
+
+
+def test_native_middleware_without_native_mode() -> None:
+    with override_settings(ASYNC_SESSION={"NATIVE_MIDDLEWARE": True}):
+        assert ids(checks.check_native_orm()) == ["E006"]
+    both = {"NATIVE_MIDDLEWARE": True, "NATIVE_ORM": True}
+    with override_settings(ASYNC_SESSION=both):
+        assert checks.check_native_orm() == []
+
+
+def test_a_pool_of_django_without_psycopg_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    with database(OPTIONS={"pool": {"max_size": 3}}):
+        monkeypatch.setattr(checks, "find_spec", lambda name: None)
+        messages = checks.check_pool_of_django()
+        assert ids(messages) == ["E007"]
+        assert "psycopg_pool is not installed" in messages[0].msg
+        assert "django-asyncsession[postgresql]" in str(messages[0].hint)
+        monkeypatch.setattr(checks, "find_spec", lambda name: name)
+        assert checks.check_pool_of_django() == []
+
+
+def test_a_pool_of_django_on_a_database_where_it_has_none() -> None:
+    with database(ENGINE="django.db.backends.sqlite3", OPTIONS={"pool": True}):
+        messages = checks.check_pool_of_django()
+    assert ids(messages) == ["E007"]
+    assert 'ASYNC_SESSION["POOLS"]' in str(messages[0].hint)
+
+
+def test_the_extra_brings_what_a_pool_of_django_needs() -> None:
+    setup = (Path(__file__).parent.parent / "setup.py").read_text(encoding="utf-8")
+    assert 'POSTGRESQL = ["psycopg[binary,pool]' in setup

@@ -615,10 +615,44 @@ def wrapper_class(engine: str) -> Any:
     """The engine's own wrapper class.
 
     Raises:
-        ImproperlyConfigured: there is no such engine, or its driver is not installed.
+        ConfigurationError: there is no such engine, or its driver is not installed.
     """
     install_drivers([engine])
-    return load_backend(engine).DatabaseWrapper
+    try:
+        return load_backend(engine).DatabaseWrapper
+    except ImproperlyConfigured as exc:
+        raise _unusable(engine, exc) from exc
+
+
+def _unusable(engine: str, reason: Exception) -> ConfigurationError:
+    """The error for an engine that cannot be imported, with the extra that brings its driver."""
+    said = " ".join(str(reason.__cause__ or reason).rstrip(".").split())
+    extra = {"postgresql": "postgresql", "postgis": "postgresql", "mysql": "mysql"}.get(
+        engine.rpartition(".")[2]
+    )
+    remedy = f"pip install 'django-asyncsession[{extra}]'" if extra else "see ENGINE in DATABASES"
+    return ConfigurationError(f"sessions cannot use the engine {engine!r}: {said}; {remedy}")
+
+
+class MissingMixin(_Wrapper):
+    """A wrapper that never connects, for an engine that cannot be imported."""
+
+    # Why not, and what to do.
+    error: ConfigurationError
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+        raise ConfigurationError(str(self.error)) from self.error.__cause__
+
+    connect = ensure_connection = _cursor = _commit = _set_autocommit = _refuse
+
+
+def missing(settings_dict: dict[str, Any], alias: str, error: ConfigurationError) -> Any:
+    """The wrapper of an alias whose engine cannot be imported, so that Django starts and its checks
+    can say so."""
+    base = load_backend("django.db.backends.dummy").DatabaseWrapper
+    return type("MissingDatabaseWrapper", (MissingMixin, base), {"error": error})(
+        settings_dict, alias
+    )
 
 
 def install_drivers(engines: Iterable[str]) -> None:
@@ -659,7 +693,11 @@ def bridged_class(engine: str) -> type[BridgedMixin]:
     if "django.db.backends.dummy.base" in modules:
         raise ConfigurationError("no ENGINE is set; set one in DATABASES")
     module = next((MIXINS[m] for m in modules if m in MIXINS), ANY_DRIVER)
-    mixin = import_module(module).Mixin
+    try:
+        mixin = import_module(module).Mixin
+    except ImportError as exc:
+        # Django's backend takes another driver, or one that is too old for sessions.
+        raise _unusable(engine, exc) from exc
     return type("DatabaseWrapper", (mixin, base), {"__module__": base.__module__})
 
 
