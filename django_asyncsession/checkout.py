@@ -157,8 +157,9 @@ class Checkout:
             usable = not nothing_can_wait() and await _reset(wrapper)
         finally:
             wrapper.lease = None
-            # A closed one too: an error that it keeps would keep the frames of its caller.
-            wrapper.scrub()
+            if not usable:
+                # An error that it keeps would keep the frames of its caller.
+                wrapper.scrub()
             lease.release(usable=usable, lost=lost)
 
     def abandon(self) -> None:
@@ -210,6 +211,8 @@ def _clean(wrapper: BridgedMixin) -> None:
             wrapper.alias,
         )
         wrapper.rollback()
+    # First, so that what resets and sets up again sees nothing of the lease.
+    wrapper.scrub()
     wrapper.reset()
 
 

@@ -10,7 +10,7 @@ import inspect
 import logging
 import weakref
 from collections.abc import Awaitable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -27,6 +27,8 @@ from greenlet import getcurrent, greenlet
 from django_asyncsession.bridge import await_
 from django_asyncsession.exceptions import AliasNotInSession, ConfigurationError, SessionClosedError
 from django_asyncsession.statements import change_in
+
+from .attributes import Attributes
 
 if TYPE_CHECKING:
     from django.db.backends.base.base import BaseDatabaseWrapper
@@ -118,15 +120,38 @@ class Secret(str):
         return "'********'"
 
 
-# Methods of a driver's cursor that run SQL which the wrapper does not see.
-STATEMENT_METHODS = frozenset({"copy", "stream", "connection"})
-
-
-class WatchedCursorMixin(CursorWrapper if TYPE_CHECKING else object):  # type: ignore[misc]
-    """A Django cursor that dies with the lease it was made under, and tells the wrapper what it
-    executes."""
+class SeenCursorMixin(CursorWrapper if TYPE_CHECKING else object):  # type: ignore[misc]
+    """A Django cursor that tells the wrapper what it sends, after the execute wrappers, which may
+    have changed it. What a driver sends meanwhile is known."""
 
     db: BridgedMixin
+
+    def _execute(self, sql: Any, params: Any, *context: Any) -> Any:
+        db = self.db
+        db.note_statement(sql)
+        outer, db.own_use = db.own_use, True
+        try:
+            return super()._execute(sql, params, *context)
+        finally:
+            db.own_use = outer
+
+    def _executemany(self, sql: Any, param_list: Any, *context: Any) -> Any:
+        db = self.db
+        db.note_statement(sql)
+        outer, db.own_use = db.own_use, True
+        try:
+            return super()._executemany(sql, param_list, *context)
+        finally:
+            db.own_use = outer
+
+    def callproc(self, *args: Any, **kwargs: Any) -> Any:
+        self.db.note_unseen("CALL")
+        return super().callproc(*args, **kwargs)
+
+
+class WatchedCursorMixin(SeenCursorMixin):
+    """A Django cursor that dies with the lease it was made under."""
+
     lease: object
 
     def __getattr__(self, name: str) -> Any:
@@ -134,9 +159,6 @@ class WatchedCursorMixin(CursorWrapper if TYPE_CHECKING else object):  # type: i
             # What was given back is closed; code that unwinds must not trip over that.
             return _nothing
         self._check_lease()
-        if name in STATEMENT_METHODS:
-            self.db.touched = True
-            self.db.changed = self.db.changed or name.upper()
         return super().__getattr__(name)
 
     def __iter__(self) -> Iterator[Any]:
@@ -145,20 +167,14 @@ class WatchedCursorMixin(CursorWrapper if TYPE_CHECKING else object):  # type: i
 
     def execute(self, sql: Any, params: Any = None) -> Any:
         self._check_lease()
-        self.db.before_statement(sql)
-        self.db.note_change(sql)
         return super().execute(sql, params)
 
     def executemany(self, sql: Any, param_list: Any) -> Any:
         self._check_lease()
-        self.db.before_statement(sql)
-        self.db.note_change(sql)
         return super().executemany(sql, param_list)
 
     def callproc(self, *args: Any, **kwargs: Any) -> Any:
         self._check_lease()
-        self.db.touched = True
-        self.db.changed = self.db.changed or "CALL"
         return super().callproc(*args, **kwargs)
 
     def close(self) -> None:
@@ -231,6 +247,11 @@ class BridgedMixin(_Wrapper):
     both_modes: ClassVar[bool] = True
     # Transactions can share one snapshot of the data.
     exports_snapshots: ClassVar[bool] = False
+    # Attributes that `scrub` leaves as they are: who uses the connection, and what `reset`, which
+    # comes after it, decides by.
+    left_to_reset: ClassVar[frozenset[str]] = frozenset(
+        {"serving", "lease", "abandoned", "cut", "touched", "_opened"}
+    )
 
     pooled = False
     lease: object = None
@@ -250,6 +271,10 @@ class BridgedMixin(_Wrapper):
     changed = ""
     # An engine's `init_connection_state`, or a receiver of `connection_created`, set something too.
     set_up_touches = False
+    # What the driver is sending was shown by a cursor of Django's, or is the backend's own.
+    own_use = False
+    # What this object was like when the connection had been opened.
+    _opened: Attributes | None = None
     _opening = False
     _savepoint_name: str | None = None
     # The block that shall be rolled back without an error.
@@ -266,12 +291,26 @@ class BridgedMixin(_Wrapper):
             self._opening = False
         # What was set while connecting is what every lease begins with.
         self.set_up_touches, self.touched = self.touched, False
+        self.queries_log.clear()
+        self._fill_caches()
+        for name in self.left_to_reset:
+            setattr(self, name, getattr(self, name))
+        self._opened = Attributes(self, self.left_to_reset)
+
+    def _fill_caches(self) -> None:
+        """Compute what needs no SQL: a value that a lease puts there instead is its own."""
+        for name in ("timezone", "timezone_name"):
+            getattr(self, name)
+        self.ops.compiler("SQLCompiler")
 
     def set_up_again(self) -> None:
         """After a reset, what connecting has set by SQL of a project's or a third party's own;
         called in the bridge."""
+        # Those who installed them while connecting do so again.
+        self.execute_wrappers = []
         self.init_connection_state()
         connection_created.send(sender=type(self), connection=self)
+        self.scrub()
 
     @cached_property
     def wrap_database_errors(self) -> Errors:
@@ -466,6 +505,47 @@ class BridgedMixin(_Wrapper):
 
     # Statements
 
+    def note_statement(self, sql: Any) -> None:
+        """Called with the text of each statement that a cursor of Django's is about to send.
+
+        Raises:
+            As `before_statement`.
+        """
+        if self.pooled:
+            self.before_statement(sql)
+        self.note_change(sql)
+
+    def note_unseen(self, what: str = "SQL with the driver") -> None:
+        """Note that something is sent whose text nobody has seen: it may have changed anything.
+
+        Called by the driver's facade where it sends, unless it is for `own_use`.
+        """
+        self.touched = True
+        self.changed = self.changed or what
+
+    @contextmanager
+    def in_own_use(self) -> Iterator[None]:
+        """While Django's backend, or this one, sends what is known."""
+        outer, self.own_use = self.own_use, True
+        try:
+            yield
+        finally:
+            self.own_use = outer
+
+    @contextmanager
+    def execute_wrapper(self, wrapper: Any) -> Iterator[None]:
+        """Django's, which takes the last one away at the end: left after the lease, that would be
+        another one's."""
+        wrappers = self.execute_wrappers
+        wrappers.append(wrapper)
+        try:
+            yield
+        finally:
+            for at in reversed(range(len(wrappers))):
+                if wrappers[at] is wrapper:
+                    del wrappers[at]
+                    break
+
     def before_statement(self, sql: Any) -> None:
         """Called with the text of each statement before it is sent.
 
@@ -525,17 +605,12 @@ class BridgedMixin(_Wrapper):
         """Bring back what a lease may have changed on the connection; called in the bridge."""
 
     def scrub(self) -> None:
-        """Forget what a lease left in this object: hooks, flags, wrappers, the query log."""
-        self.run_on_commit = []
-        self.run_commit_hooks_on_set_autocommit_on = False
-        self.needs_rollback = self.in_atomic_block = False
-        self.rollback_exc = self._unwanted = None
-        self.dead = False
-        self.savepoint_ids, self.atomic_blocks, self.savepoint_state = [], [], 0
-        self.execute_wrappers = []
-        self.force_debug_cursor = False
-        self.queries_log.clear()
-        self._savepoint_name = None
+        """Bring this object back to what it was after opening: attributes that are not its own,
+        settings, hooks, flags, wrappers, the query log."""
+        if self._opened is not None:
+            self._opened.restore(self)
+        # Django's blocks that are still open.
+        self.closed_in_transaction = self.abandoned
 
     def abandon(self) -> None:
         """Close the connection now, without awaiting: its state is not certain, or nobody may wait

@@ -27,6 +27,7 @@ from django_asyncsession.exceptions import SessionClosedError, SharedConnectionW
 from .base import (
     ANY_DRIVER,
     BridgedMixin,
+    SeenCursorMixin,
     TransactionOptions,
     TransactionState,
     bridged_class,
@@ -90,7 +91,7 @@ class Exclusive:
             )
 
 
-class SharedCursorMixin(CursorWrapper):
+class SharedCursorMixin(SeenCursorMixin, CursorWrapper):
     """A cursor of the shared connection: one statement at a time, none after its session's end."""
 
     db: SharedMixin
@@ -126,13 +127,11 @@ class SharedCursorMixin(CursorWrapper):
 
     def execute(self, sql: Any, params: Any = None) -> Any:
         self._check_lease()
-        self.db.note_change(sql)
         with self.db.exclusive:
             return super().execute(sql, params)
 
     def executemany(self, sql: Any, param_list: Any) -> Any:
         self._check_lease()
-        self.db.note_change(sql)
         with self.db.exclusive:
             return super().executemany(sql, param_list)
 

@@ -33,6 +33,8 @@ else:
 FIRST_ROWS = 1000
 # Seconds between two looks at whether a thread has ended, at first and at the most.
 LOOK_MIN, LOOK_MAX = 0.0005, 0.02
+# Methods of a cursor that SQLite's connections, and psycopg's, have as well.
+SHORTCUTS = frozenset({"execute", "executemany", "executescript"})
 METHODS = (MethodType, BuiltinMethodType, MethodWrapperType)
 
 
@@ -199,13 +201,36 @@ class Connection:
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._raw, name)
-        return partial(self._call, value) if isinstance(value, METHODS) else value
+        if name in SHORTCUTS:
+            return partial(self._on_cursor, name)
+        return partial(self._call_unseen, value) if isinstance(value, METHODS) else value
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name.startswith("_"):
             object.__setattr__(self, name, value)
         else:
-            self._call(setattr, self._raw, name, value)
+            self._call_unseen(setattr, self._raw, name, value)
+
+    def _call_unseen(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call a method of the driver that may do anything."""
+        self._note(None)
+        return self._call(fn, *args, **kwargs)
+
+    def _on_cursor(self, name: str, *args: Any) -> Cursor:
+        """What a cursor does, which some connections do too, with one that they make."""
+        cursor = self.cursor()
+        getattr(cursor, name)(*args)
+        return cursor
+
+    def _note(self, sql: Any) -> None:
+        """Let the wrapper know what runs, if nobody else has: a statement, or None."""
+        wrapper = self._owner()
+        if wrapper is None or wrapper.own_use:
+            return
+        if sql is None:
+            wrapper.note_unseen()
+        else:
+            wrapper.note_statement(sql)
 
     def __del__(self) -> None:
         if thread := self.__dict__.get("_thread"):
@@ -337,16 +362,24 @@ class Cursor:
         while (row := self.fetchone()) is not None:
             yield row
 
+    @property
+    def connection(self) -> Connection:
+        """The connection, whose calls run in the thread too."""
+        return self._connection
+
     def execute(self, *args: Any) -> Any:
         """Execute, and fetch the first rows in the same go."""
+        self._connection._note(*args[:1])
         return self._executing(self._raw.execute, *args)
 
     def executemany(self, *args: Any) -> Any:
         """Execute once for each set of values."""
+        self._connection._note(*args[:1])
         return self._executing(self._raw.executemany, *args)
 
     def callproc(self, *args: Any) -> Any:
         """Call a stored procedure, and fetch the first rows in the same go."""
+        self._connection._note(None)
         return self._executing(self._raw.callproc, *args)
 
     def nextset(self) -> Any:
@@ -392,7 +425,8 @@ class Cursor:
         )
         self._rows = iter(rows)
         self._connection._answered()
-        return self if result is self._raw else result
+        # A driver's cursor returns itself, also from inside of a tool's proxy for it.
+        return self if hasattr(result, "fetchone") else result
 
     def _execute_and_fetch(
         self, execute: Callable[..., Any], args: tuple[Any, ...], ahead: bool
@@ -421,6 +455,7 @@ class Cursor:
         return list(islice(self._rows, size))
 
     def _other(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._connection._note(None)
         result = self._connection._call(method, *args, **kwargs)
         return self if result is self._raw else result
 
@@ -490,6 +525,14 @@ class Mixin(BridgedMixin, _Base):
         finally:
             self.connection = connection
         return Cursor(connection, raw)
+
+    def is_usable(self) -> bool:
+        with self.in_own_use():
+            return super().is_usable()
+
+    def _set_autocommit(self, autocommit: bool) -> None:
+        with self.in_own_use():
+            super()._set_autocommit(autocommit)  # type: ignore[misc]
 
     def interrupt(self) -> None:
         """Ask the driver to end the running call; called in the loop's thread, so it must not

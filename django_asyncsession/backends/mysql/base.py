@@ -126,6 +126,15 @@ class Mixin(BridgedMixin, _Base):
     def is_permanent(error: BaseException) -> bool:
         return bool(error.args) and error.args[0] in PERMANENT
 
+    def open(self) -> None:
+        super().open()
+        self.connection.note_opened()
+
+    def init_connection_state(self) -> None:
+        super().init_connection_state()
+        # Each reset does this again.
+        self.touched = False
+
     # Cursors
 
     def chunked_cursor(self) -> Any:
@@ -267,8 +276,15 @@ class Mixin(BridgedMixin, _Base):
             self.abandon()
             return
         connection.reset()
-        self.init_connection_state()
+        if self.set_up_touches:
+            self.set_up_again()
+        else:
+            self.init_connection_state()
         self.touched = False
+
+    def scrub(self) -> None:
+        super().scrub()
+        self.connection.restore()
 
     def close_driver(self) -> None:
         if self.connection is not None:

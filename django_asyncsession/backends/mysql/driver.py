@@ -25,6 +25,7 @@ from asyncmy.constants.SERVER_STATUS import (
     SERVER_STATUS_NO_BACKSLASH_ESCAPES,
 )
 
+from django_asyncsession.backends.attributes import Attributes
 from django_asyncsession.bridge import await_, in_bridge
 from django_asyncsession.results import Reader, current_reader
 from django_asyncsession.statements import change_in
@@ -58,6 +59,12 @@ SKIPS, STOP_SECONDS = 8, 5.0
 # Seconds between two looks at whether the server has ended a killed connection.
 LOOK_MIN, LOOK_MAX = 0.005, 0.1
 BEGIN = ("START TRANSACTION",)
+# Attributes of asyncmy's connection that code may change, and those of the facade.
+CHANGEABLE = frozenset(
+    {"_encoders", "_decoders", "_charset", "_encoding", "_use_unicode", "_sql_mode"}
+    | {"_local_infile", "_binary_prefix", "_max_allowed_packet", "autocommit_mode"}
+)
+CHANGEABLE_HERE = frozenset({"_autocommit"})
 
 
 class Connection:
@@ -89,6 +96,19 @@ class Connection:
         self.dirty = self.closed = False
         # Something was changed that no reset brings back.
         self.lasting = False
+        self._opened: tuple[Attributes, Attributes] | None = None
+
+    def note_opened(self) -> None:
+        """Remember the attributes, and what values are converted with: every lease begins so."""
+        own = Attributes(self, frozenset(vars(self)) - CHANGEABLE_HERE)
+        self._opened = own, Attributes(self.raw, only=CHANGEABLE)
+
+    def restore(self) -> None:
+        """Bring back what `note_opened` remembered."""
+        if self._opened is not None:
+            own, of_driver = self._opened
+            own.restore(self)
+            of_driver.restore(self.raw)
 
     # MySQLdb's interface
 
@@ -155,6 +175,8 @@ class Connection:
 
     def _before(self) -> tuple[str, ...]:
         """What goes in front of the next statement."""
+        if (wrapper := self._owner()) is not None and not wrapper.own_use:
+            wrapper.note_unseen()
         before, self.prelude = self.prelude, ()
         if not self._autocommit and not self.in_transaction:
             before += self.begin

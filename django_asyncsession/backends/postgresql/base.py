@@ -10,7 +10,7 @@ import select
 import socket
 import time
 import weakref
-from collections.abc import Awaitable, Generator, Iterator
+from collections.abc import Awaitable, Generator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import psycopg
@@ -18,7 +18,9 @@ from django.db.backends.postgresql import base
 from psycopg import generators, pq, waiting
 from psycopg._capabilities import capabilities
 from psycopg.abc import PQGen
+from psycopg.adapt import AdaptersMap
 
+from django_asyncsession.backends.attributes import Attributes
 from django_asyncsession.backends.base import BridgedMixin, TransactionOptions, TransactionState
 from django_asyncsession.backends.sockets import has_hung_up, is_quiet
 from django_asyncsession.bridge import await_, in_bridge
@@ -45,6 +47,17 @@ STATES = {
     pq.TransactionStatus.INTRANS: TransactionState.ACTIVE,
     pq.TransactionStatus.INERROR: TransactionState.FAILED,
 }
+# Generators of psycopg that send no SQL of anybody's: they fetch, end, or set an attribute.
+HARMLESS = frozenset(
+    {"_fetch_gen", "_scroll_gen", "_close_gen", "_commit_gen", "_rollback_gen"}
+    | {"_set_autocommit_gen", "_set_isolation_level_gen", "_set_read_only_gen"}
+    | {"_set_deferrable_gen"}
+)
+# Attributes of a connection that are no business of a lease, or brought back in another way.
+NOT_OF_A_LEASE = frozenset(
+    {"pgconn", "lock", "wrapper", "begin_sql", "began", "left_by_sql", "_opened", "_farewell"}
+    | {"_waits_in", "_ending", "_closed", "_prepared", "_notifies_backlog", "_adapters", "_pipeline"}
+)
 # Seconds that libpq gets to deliver a cancel request; the pool's own deadline is what counts.
 CANCEL_TIMEOUT = 10.0
 
@@ -68,6 +81,7 @@ class Connection(psycopg.Connection[Any]):
         # that call closes it.
         self._waits_in: asyncio.AbstractEventLoop | None = None
         self._ending = False
+        self._opened: tuple[Attributes, AdaptersMap, int | None, int | None] | None = None
 
     @classmethod
     def connect(cls, conninfo: str = "", **kwargs: Any) -> Connection:
@@ -84,6 +98,8 @@ class Connection(psycopg.Connection[Any]):
     def wait(self, gen: PQGen[RV], interval: float = 0.1, timeout: float | None = None) -> RV:
         if self.wrapper is not None and (wrapper := self.wrapper()) is not None:
             wrapper.check_served()
+            if not wrapper.own_use and (name := getattr(gen, "__name__", "")) not in HARMLESS:
+                wrapper.note_unseen("COPY" if "copy" in name else "SQL with the driver")
         if not in_bridge():
             return super().wait(gen, interval=interval, timeout=timeout)
         fd, steps = self.pgconn.socket, [self._until_abandoned(gen)]
@@ -136,9 +152,22 @@ class Connection(psycopg.Connection[Any]):
     def cursor(self, *args: Any, **kwargs: Any) -> Any:
         if self.wrapper is not None and (wrapper := self.wrapper()) is not None:
             wrapper.check_served()
-            # In other hands than Django's backend it may execute anything.
-            wrapper.touched = wrapper.touched or not wrapper.own_use
         return super().cursor(*args, **kwargs)
+
+    def note_opened(self) -> None:
+        """Remember the attributes, and what values are converted with: every lease begins so."""
+        template = AdaptersMap(self.adapters)
+        attributes = Attributes(self, NOT_OF_A_LEASE)
+        self._opened = attributes, template, self.prepare_threshold, self.prepared_max
+
+    def restore(self) -> None:
+        """Bring back what `note_opened` remembered."""
+        if self._opened is None:
+            return
+        attributes, template, self.prepare_threshold, self.prepared_max = self._opened
+        attributes.restore(self)
+        if self._adapters is None or not _are_same(self._adapters, template):
+            self._adapters = AdaptersMap(template)
 
     def commit(self) -> None:
         self.began = False
@@ -260,6 +289,16 @@ class _Driver:
         return getattr(psycopg, name)
 
 
+def _are_same(adapters: AdaptersMap, template: AdaptersMap) -> bool:
+    """Whether nothing was registered: whatever is copies first what it shares with others."""
+    return (
+        adapters._loaders == template._loaders
+        and adapters._dumpers == template._dumpers
+        and adapters._dumpers_by_oid == template._dumpers_by_oid
+        and adapters.types._registry is template.types._registry
+    )
+
+
 class Mixin(BridgedMixin, _Base):
     """What bridges Django's PostgreSQL wrapper, or one that derives from it."""
 
@@ -269,7 +308,6 @@ class Mixin(BridgedMixin, _Base):
     multiple_statements = True
     exports_snapshots = True
     connection: Any
-    own_use = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -306,7 +344,8 @@ class Mixin(BridgedMixin, _Base):
             settings.append(f"SET default_transaction_deferrable = {options.deferrable}")
         if settings:
             self.touched = True
-            self.connection.execute("; ".join(settings))
+            with self.in_own_use():
+                self.connection.execute("; ".join(settings))
 
     @property
     def transaction_state(self) -> TransactionState:
@@ -345,8 +384,7 @@ class Mixin(BridgedMixin, _Base):
         )
 
     def create_cursor(self, name: str | None = None) -> Any:
-        with self._own_use():
-            cursor = super().create_cursor(name)
+        cursor = super().create_cursor(name)
         if name and self.pooled:
             self._named_cursors.add(cursor)
         return cursor
@@ -360,9 +398,14 @@ class Mixin(BridgedMixin, _Base):
             cursor._closed = True
         self._named_cursors.clear()
 
+    def open(self) -> None:
+        super().open()
+        self.connection.note_opened()
+
     def scrub(self) -> None:
         super().scrub()
         self._forget_cursors()
+        self.connection.restore()
 
     def before_statement(self, sql: Any) -> None:
         if not self.touched and changes_session(sql):
@@ -383,7 +426,7 @@ class Mixin(BridgedMixin, _Base):
 
     def _ask(self, sql: str) -> Any:
         """A statement of our own, which nobody counts; its first row."""
-        with self.wrap_database_errors:
+        with self.wrap_database_errors, self.in_own_use():
             cursor = self.connection.execute(sql)
             return cursor.fetchone() if cursor.description else None
 
@@ -396,11 +439,14 @@ class Mixin(BridgedMixin, _Base):
     def reset(self) -> None:
         connection = self.connection
         connection.begin_sql = None
-        connection._notify_handlers.clear()
-        connection._notice_handlers.clear()
+        if connection._pipeline is not None:
+            # What is in it, nobody knows any more.
+            self.abandon()
+            return
         if not self.touched:
             return
-        connection.execute(RESET)
+        with self.in_own_use():
+            connection.execute(RESET)
         if (backlog := connection._notifies_backlog) is not None:
             backlog.clear()
         if self.set_up_touches:
@@ -410,21 +456,12 @@ class Mixin(BridgedMixin, _Base):
         self.touched = False
 
     def is_usable(self) -> bool:
-        with self._own_use():
+        with self.in_own_use():
             return super().is_usable()
 
     def _configure_connection(self, connection: Any) -> bool:
-        with self._own_use():
+        with self.in_own_use():
             return super()._configure_connection(connection)
-
-    @contextlib.contextmanager
-    def _own_use(self) -> Iterator[None]:
-        """The driver's connection is used by Django's backend, whose statements are known."""
-        outer, self.own_use = self.own_use, True
-        try:
-            yield
-        finally:
-            self.own_use = outer
 
     def finish_call(self, seconds: float) -> None:
         if self.connection is not None:

@@ -192,6 +192,7 @@ class Mixin(threaded.Mixin, _Base):
     isolation_levels = ("serializable",)
     unsupported_options = ("deferrable",)
     connection_class = Connection
+    left_to_reset = threaded.Mixin.left_to_reset | {"_read_only"}
     _read_only = False
 
     # Connecting
@@ -338,7 +339,8 @@ class Mixin(threaded.Mixin, _Base):
         connection._prelude = ()
         connection._lock_timeout = connection._default_lock_timeout
         if self._read_only:
-            connection.execute("PRAGMA query_only = OFF")
+            with self.in_own_use():
+                connection.execute("PRAGMA query_only = OFF")
             self._read_only = False
 
 
