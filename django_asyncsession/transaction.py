@@ -475,6 +475,8 @@ class Transaction(Executor):
             call_waiting(wrapper)
 
         wrapper.commit_confirmed = False
+        # What is sent to a server that has closed the connection does not reach it.
+        unreachable = wrapper.has_hung_up()
         self.outcome = Outcome.UNKNOWN
         # For the callbacks: what was written is saved then.
         self.changed = ""
@@ -483,7 +485,7 @@ class Transaction(Executor):
         except Error as exc:
             if wrapper.commit_confirmed:
                 raise
-            if not self._checkout.is_lost:
+            if not self._checkout.is_lost or unreachable or wrapper.ended_before(exc):
                 self.outcome = Outcome.ROLLED_BACK
                 raise
             raise CommitUnknown(

@@ -8,6 +8,7 @@ import dataclasses
 import enum
 import inspect
 import logging
+import math
 import weakref
 from collections.abc import Awaitable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -103,7 +104,7 @@ class TransactionOptions:
             object.__setattr__(self, "isolation", level)
         for name in ("timeout", "lock_timeout", "idle_timeout"):
             seconds = getattr(self, name)
-            if seconds is not None and not seconds > 0:
+            if seconds is not None and not 0 < seconds < math.inf:
                 raise ConfigurationError(f"{name} is {seconds!r}; give seconds above 0, or None")
 
     @property
@@ -181,7 +182,9 @@ class WatchedCursorMixin(SeenCursorMixin):
         # A generator that is dropped closes its cursor wherever that happens, where nothing can be
         # awaited: the cursor ends with its transaction anyway.
         if self.__dict__.get("lease") is self.db.lease and self.db.is_served_here:
-            self.cursor.close()
+            # Of a cursor on the server it is a statement. Django leaves it unwrapped.
+            with self.db.wrap_database_errors:
+                self.cursor.close()
         else:
             self.db.forget_cursor(self)
 
@@ -465,6 +468,11 @@ class BridgedMixin(_Wrapper):
     def is_timeout(self, error: BaseException, options: TransactionOptions) -> bool:
         """Whether `error` says that the server ended a statement, or a wait for a lock, by its
         timeout."""
+        return False
+
+    def ended_before(self, error: BaseException) -> bool:
+        """Whether `error` says that the server had ended the session before the statement that
+        failed came, so that it did nothing of it."""
         return False
 
     def is_fatal(self, error: BaseException) -> bool:

@@ -61,7 +61,11 @@ STREAM_PAUSE_SECONDS = 3600
 # Access denied, no such database, an account that is locked or needs what asyncmy has not.
 PERMANENT = frozenset({1044, 1045, 1049, 1251, 1698, 1820, 2059, 3118, 3159})
 DEADLOCK = 1213
-LOCK_TIMEOUTS = frozenset({1205, 3572})
+LOCK_TIMEOUT = 1205
+# Seconds; the server's own limits are whole seconds, from 1.
+SHORTEST_WAIT = 0.5
+# The server closed the session because nothing came for too long.
+IDLE_TOO_LONG = 4031
 STATEMENT_TIMEOUTS = frozenset({1969, 3024})
 
 COMMENTS = re.compile(r"\A(?:\s+|--[^\n]*\n?|\#[^\n]*\n?|/\*(?!!).*?\*/|\()*", re.DOTALL)
@@ -228,9 +232,14 @@ class Mixin(BridgedMixin, _Base):
     def is_timeout(self, error: BaseException, options: TransactionOptions) -> bool:
         cause = error.__cause__
         code = cause.args[0] if cause is not None and cause.args else None
-        if code in LOCK_TIMEOUTS:
-            return options.lock_timeout is not None
+        if code == LOCK_TIMEOUT:
+            # MariaDB has the same error for NOWAIT, which waits for nothing.
+            waited = self.connection.last_took >= SHORTEST_WAIT
+            return options.lock_timeout is not None and waited
         return code in STATEMENT_TIMEOUTS
+
+    def ended_before(self, error: BaseException) -> bool:
+        return bool(error.args) and error.args[0] == IDLE_TOO_LONG
 
     # Statements
 

@@ -13,6 +13,7 @@ import logging
 import os
 import socket
 import struct
+import time
 import weakref
 from collections.abc import Callable, Coroutine, Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -96,6 +97,8 @@ class Connection:
         self.dirty = self.closed = False
         # Something was changed that no reset brings back.
         self.lasting = False
+        # Seconds from the last statement that failed to its error.
+        self.last_took = 0.0
         self._opened: tuple[Attributes, Attributes] | None = None
 
     def note_opened(self) -> None:
@@ -205,13 +208,13 @@ class Connection:
             MySQLdb's errors.
         """
         wrapper = self._check_usable(coroutine)
-        self.dirty = True
+        self.dirty, started = True, time.monotonic()
         if self._streaming is not None:
             self._transport.resume_reading()
         try:
             result = await_(coroutine)
         except errors.MySQLError as exc:
-            error = translated(exc)
+            error, self.last_took = translated(exc), time.monotonic() - started
             if is_last_word(exc) or self.raw._stream_broken:
                 wrapper.abandon()
             else:

@@ -56,8 +56,18 @@ HARMLESS = frozenset(
 # Attributes of a connection that are no business of a lease, or brought back in another way.
 NOT_OF_A_LEASE = frozenset(
     {"pgconn", "lock", "wrapper", "begin_sql", "began", "left_by_sql", "_opened", "_farewell"}
-    | {"_waits_in", "_ending", "_closed", "_prepared", "_notifies_backlog", "_adapters", "_pipeline"}
+    | {
+        "_waits_in",
+        "_ending",
+        "_closed",
+        "_prepared",
+        "_notifies_backlog",
+        "_adapters",
+        "_pipeline",
+    }
 )
+# The transaction was idle, or took, for longer than it may; the second only in a later server.
+ENDED_WHILE_IDLE = frozenset({"25P03", "25P04"})
 # Seconds that libpq gets to deliver a cancel request; the pool's own deadline is what counts.
 CANCEL_TIMEOUT = 10.0
 
@@ -344,8 +354,7 @@ class Mixin(BridgedMixin, _Base):
             settings.append(f"SET default_transaction_deferrable = {options.deferrable}")
         if settings:
             self.touched = True
-            with self.in_own_use():
-                self.connection.execute("; ".join(settings))
+            self._ask("; ".join(settings))
 
     @property
     def transaction_state(self) -> TransactionState:
@@ -366,10 +375,17 @@ class Mixin(BridgedMixin, _Base):
     def is_timeout(self, error: BaseException, options: TransactionOptions) -> bool:
         cause = error.__cause__
         if isinstance(cause, psycopg.errors.QueryCanceled):
-            return options.timeout is not None or "statement timeout" in str(cause)
+            # The same error says that somebody called pg_cancel_backend, told apart by its text
+            # alone. In another language than English it is taken for what the session asked for.
+            asked = options.timeout is not None and "user request" not in str(cause)
+            return asked or "statement timeout" in str(cause)
+        # NOWAIT fails with the same error, but in another place of the server.
         return isinstance(cause, psycopg.errors.LockNotAvailable) and (
-            options.lock_timeout is not None or "lock timeout" in str(cause)
+            cause.diag.source_function == "ProcessInterrupts"
         )
+
+    def ended_before(self, error: BaseException) -> bool:
+        return getattr(error.__cause__, "sqlstate", None) in ENDED_WHILE_IDLE
 
     @staticmethod
     def is_permanent(error: BaseException) -> bool:

@@ -159,6 +159,7 @@ class Connection(threaded.Connection):
                 # Tables of a database in memory are locked one by one.
                 waits = waits or code == sqlite3.SQLITE_LOCKED
                 if not waits or time.monotonic() >= deadline:
+                    exc.waited = waits  # type: ignore[attr-defined]
                     raise
             if self._thread.stop.wait(pause):
                 raise sqlite3.OperationalError("interrupted")
@@ -169,6 +170,9 @@ class Connection(threaded.Connection):
         self._raw.execute(f"PRAGMA busy_timeout = {round(self._lock_timeout * 1000)}")
         try:
             return execute(*args)
+        except sqlite3.OperationalError as exc:
+            exc.waited = True  # type: ignore[attr-defined]
+            raise
         finally:
             self._raw.execute("PRAGMA busy_timeout = 0")
 
@@ -182,6 +186,7 @@ def _code(error: sqlite3.Error) -> int:
 def _locked() -> sqlite3.OperationalError:
     error = sqlite3.OperationalError("database is locked")
     error.sqlite_errorcode = sqlite3.SQLITE_BUSY
+    error.waited = True  # type: ignore[attr-defined]
     return error
 
 
@@ -319,7 +324,9 @@ class Mixin(threaded.Mixin, _Base):
     def is_timeout(self, error: BaseException, options: TransactionOptions) -> bool:
         cause = error.__cause__
         if isinstance(cause, sqlite3.OperationalError) and options.lock_timeout is not None:
-            return _code(cause) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+            # Where waiting does not help, SQLite says the same at once.
+            waited = getattr(cause, "waited", False)
+            return waited and _code(cause) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
         return super().is_timeout(error, options)
 
     # The end of a lease
