@@ -291,6 +291,10 @@ class Connection:
                 "back, and run the whole transaction again"
             )
 
+    def _other(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call a method of the driver that is not named here."""
+        return self._call(method, *args, **kwargs)
+
     def _answered(self) -> None:
         """A statement succeeded, so the transaction has not failed."""
         if (wrapper := self._owner()) is not None:
@@ -456,7 +460,7 @@ class Cursor:
 
     def _other(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._connection._note(None)
-        result = self._connection._call(method, *args, **kwargs)
+        result = self._connection._other(method, *args, **kwargs)
         return self if result is self._raw else result
 
 

@@ -14,14 +14,16 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
+from django.db import OperationalError
 from django.db.backends.sqlite3 import base
 
 from django_asyncsession.backends import threaded
 from django_asyncsession.backends.base import TransactionOptions, TransactionState
 from django_asyncsession.conf import settings
+from django_asyncsession.statements import change_in
 
 if TYPE_CHECKING:
 
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
         transaction_mode: str | None
 
         def _start_transaction_under_autocommit(self) -> None: ...
+        def _savepoint_rollback(self, sid: str) -> None: ...
         def _set_autocommit(self, autocommit: bool) -> None: ...
 
 else:
@@ -52,7 +55,15 @@ _keepers: dict[str, sqlite3.Connection] = {}
 _keeping = threading.Lock()
 
 TAKES_LOCK = frozenset({"BEGIN IMMEDIATE", "BEGIN EXCLUSIVE"})
+# Begins to read; the first statement that writes ends that, and begins IMMEDIATE.
+BEGIN = "BEGIN"
+# Isolation levels that promise more of what was read than that it was so.
+KEEPS_READS = frozenset({"repeatable read", "serializable"})
 
+# Statements that cannot change anything where nothing may be written.
+READS = frozenset({"select", "with", "values", "explain", "savepoint", "release", "rollback"})
+# Statements that change more than the database: other files, or what the connection has open.
+CHANGES_MORE = frozenset({"attach", "detach", "vacuum"})
 # Statements that leave nothing on the connection, unless they are about something temporary.
 HARMLESS = frozenset(
     {"select", "insert", "update", "delete", "replace", "with", "values", "explain", "create"}
@@ -70,7 +81,12 @@ ASKING_PRAGMA = re.compile(
 
 
 class Connection(threaded.Connection):
-    """A connection to SQLite; it begins transactions together with their first statement."""
+    """A connection to SQLite; it begins transactions together with their first statement.
+
+    A transaction that only reads takes no write lock. Whether a statement writes is SQLite's to
+    say: with `query_only` on it refuses such a statement before it does anything. Then the reading
+    is ended, and a transaction with the write lock is begun, which sees the newest data.
+    """
 
     def __init__(self, wrapper: Any, thread: threaded.DriverThread) -> None:
         super().__init__(wrapper, thread)
@@ -78,6 +94,13 @@ class Connection(threaded.Connection):
         self._prelude: tuple[str, ...] = ()
         # A transaction was begun; it was ended by SQL that is not ours.
         self._began = self._left_by_sql = False
+        # The transaction may write and has not yet; its savepoints.
+        self._reading = False
+        self._savepoints: list[str] = []
+        # The next statement needs the write lock, as far as is known before SQLite is asked.
+        self._must_lock = False
+        # Nothing may write at all.
+        self._read_only = False
         self._line = _lines[""]
         # Seconds to wait for a lock, of the connection and of its present user.
         self._default_lock_timeout = self._lock_timeout = 0.0
@@ -86,13 +109,24 @@ class Connection(threaded.Connection):
         if self._nothing_begun():
             return
         self._began = False
-        self._call(self._wait_for_lock, self._raw.commit)
+        self._call(self._end, self._raw.commit)
 
     def rollback(self) -> None:
         if self._nothing_begun():
             return
         self._began = False
-        super().rollback()
+        self._call(self._end, self._raw.rollback, _timed=False)
+
+    def _end(self, end: Callable[[], None]) -> None:
+        self._wait_for_lock(end)
+        if self._reading:
+            self._raw.execute("PRAGMA query_only = OFF")
+            self._reading = False
+
+    def _other(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if method.__name__ == "executescript":
+            return self._call(self._statement, method, *args)
+        return self._call(method, *args, **kwargs)
 
     def _nothing_begun(self) -> bool:
         """Whether no statement came after the beginning of the transaction, which is called off
@@ -102,23 +136,37 @@ class Connection(threaded.Connection):
 
     def _begin_with(self, *statements: str) -> None:
         self._began = self._left_by_sql = False
+        self._savepoints.clear()
         self._prelude += statements
 
     def _statement(self, execute: Callable[..., Any], *args: Any) -> Any:
+        writes = self._must_lock or execute.__name__ != "execute"
+        self._must_lock = False
         if self._prelude:
-            self._begin()
+            self._begin(writes)
+        if self._read_only:
+            return self._only_reading(execute, *args)
+        if self._reading:
+            if not writes:
+                return self._reading_first(execute, *args)
+            self._begin_writing()
         if execute.__name__ == "executemany" and not self._raw.in_transaction:
             return self._with_own_wait(execute, *args)
         return self._wait_for_lock(partial(execute, *args))
 
-    def _begin(self) -> None:
+    def _begin(self, writes: bool) -> None:
         for statement in self._prelude:
+            if statement == BEGIN and writes:
+                statement = "BEGIN IMMEDIATE"
             # Readers wait for nobody.
             if statement in TAKES_LOCK:
                 with self._in_line():
                     self._begin_one(statement, TRY_FIRST)
             else:
                 self._begin_one(statement)
+            if statement == BEGIN:
+                self._raw.execute("PRAGMA query_only = ON")
+                self._reading = True
         self._prelude = ()
         self._began = self._raw.in_transaction
 
@@ -130,6 +178,72 @@ class Connection(threaded.Connection):
                 raise
             # A file that cannot be written has no writers to wait for.
             self._raw.execute("BEGIN")
+
+    def _reading_first(self, execute: Callable[..., Any], *args: Any) -> Any:
+        """Execute; what turns out to write is executed again, with the write lock."""
+        try:
+            return self._wait_for_lock(partial(execute, *args))
+        except sqlite3.OperationalError as exc:
+            if _code(exc) != sqlite3.SQLITE_READONLY:
+                raise
+        self._begin_writing()
+        return self._wait_for_lock(partial(execute, *args))
+
+    def _only_reading(self, execute: Callable[..., Any], *args: Any) -> Any:
+        if execute.__name__ == "executescript":
+            raise sqlite3.OperationalError("a read-only session takes no scripts; run statements")
+        result = self._wait_for_lock(partial(execute, *args))
+        if not self._raw.execute("PRAGMA query_only").fetchone()[0]:
+            self._raw.execute("PRAGMA query_only = ON")
+            raise sqlite3.OperationalError("query_only cannot be turned off in a read-only session")
+        return result
+
+    def _begin_writing(self) -> None:
+        """End the transaction, which has read only, and begin with the write lock, or if that
+        cannot be had read on."""
+        self._raw.commit()
+        self._raw.execute("PRAGMA query_only = OFF")
+        try:
+            with self._in_line():
+                if self._open_cursors and not self._lock_beside_cursors():
+                    self._read_rest()
+                if not self._raw.in_transaction:
+                    self._begin_one("BEGIN IMMEDIATE", TRY_FIRST)
+            self._reading = False
+        finally:
+            if self._reading:
+                self._raw.execute("PRAGMA query_only = ON")
+                self._raw.execute(BEGIN)
+            self._set_savepoints_again()
+
+    def _lock_beside_cursors(self) -> bool:
+        """Whether the lock could be had at once, and nobody has written since the cursors began:
+        they keep what they see, and so would the transaction."""
+        try:
+            self._raw.execute("BEGIN IMMEDIATE")
+        except sqlite3.OperationalError:
+            return False
+        return True
+
+    @property
+    def _open_cursors(self) -> list[threaded.Cursor]:
+        return [cursor for cursor in self._cursors if not cursor._exhausted]
+
+    def _read_rest(self) -> None:
+        for cursor in self._open_cursors:
+            cursor._rows = iter([*cursor._rows, *cursor._raw.fetchall()])
+            cursor._exhausted = True
+
+    def _set_savepoints_again(self) -> None:
+        if (wrapper := self._owner()) is not None:
+            for name in self._savepoints:
+                self._raw.execute(wrapper.ops.savepoint_create_sql(name))
+
+    def _read_anew(self) -> None:
+        """Let go of what was read, so that a writer who waits for it can end."""
+        self._raw.commit()
+        self._raw.execute(BEGIN)
+        self._set_savepoints_again()
 
     @contextlib.contextmanager
     def _in_line(self) -> Iterator[None]:
@@ -148,8 +262,9 @@ class Connection(threaded.Connection):
         """Call until no other connection is in the way, the time is up, or it is interrupted."""
         deadline = time.monotonic() + self._lock_timeout
         pause = TRY_MIN
-        # In a transaction that has read, only its end can help. COMMIT may come again.
-        may_wait = not self._raw.in_transaction or call == self._raw.commit
+        # In a transaction that has read and writes, only its end can help. COMMIT may come again.
+        reads = self._reading or self._read_only
+        may_wait = reads or not self._raw.in_transaction or call == self._raw.commit
         while True:
             try:
                 return call()
@@ -161,6 +276,8 @@ class Connection(threaded.Connection):
                 if not waits or time.monotonic() >= deadline:
                     exc.waited = waits  # type: ignore[attr-defined]
                     raise
+                if code == sqlite3.SQLITE_LOCKED and self._reading:
+                    self._read_anew()
             if self._thread.stop.wait(pause):
                 raise sqlite3.OperationalError("interrupted")
             pause = min(2 * pause, longest_pause)
@@ -197,8 +314,19 @@ class Mixin(threaded.Mixin, _Base):
     isolation_levels = ("serializable",)
     unsupported_options = ("deferrable",)
     connection_class = Connection
-    left_to_reset = threaded.Mixin.left_to_reset | {"_read_only"}
-    _read_only = False
+    left_to_reset = threaded.Mixin.left_to_reset | {
+        "_read_only",
+        "_keeps_reads",
+        "_own_savepoint",
+    }
+    _read_only = _keeps_reads = False
+    # The savepoint statement that runs is Django's.
+    _own_savepoint = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Django's SQLite has no FOR UPDATE, and says nothing of a query that asks for it.
+        self.ops.compiler = partial(_compiler, self.ops.compiler)  # type: ignore[method-assign]
 
     # Connecting
 
@@ -273,7 +401,8 @@ class Mixin(threaded.Mixin, _Base):
         connection = self.connection
         connection._prelude = ()
         connection._lock_timeout = options.lock_timeout or connection._default_lock_timeout
-        self._read_only = bool(options.read_only)
+        self._keeps_reads = options.isolation in KEEPS_READS
+        self._read_only = connection._read_only = bool(options.read_only)
         if self._read_only:
             connection._prelude = ("PRAGMA query_only = ON",)
 
@@ -281,9 +410,59 @@ class Mixin(threaded.Mixin, _Base):
         if not self.pooled:
             super()._start_transaction_under_autocommit()
             return
-        # A writer that begins as a reader fails as soon as another one has written.
-        mode = "DEFERRED" if self._read_only else self.transaction_mode or "IMMEDIATE"
-        self.connection._begin_with(f"BEGIN {mode}")
+        mode = "IMMEDIATE" if self._keeps_reads else None
+        mode = "DEFERRED" if self._read_only else self.transaction_mode or mode
+        self.connection._begin_with(f"BEGIN {mode}" if mode else BEGIN)
+
+    def lock(self) -> None:
+        """Let the transaction have the write lock from the next statement on."""
+        if self.pooled and self.in_atomic_block:
+            self.changed = self.changed or "SELECT"
+            self.connection._must_lock = True
+
+    def _savepoint(self, sid: str) -> None:
+        with self._known_savepoint() as names:
+            super()._savepoint(sid)
+            names.append(sid)
+
+    def _savepoint_commit(self, sid: str) -> None:
+        with self._known_savepoint() as names:
+            super()._savepoint_commit(sid)
+            del names[_last(names, sid) :]
+
+    def _savepoint_rollback(self, sid: str) -> None:
+        with self._known_savepoint() as names:
+            super()._savepoint_rollback(sid)
+            del names[_last(names, sid) + 1 :]
+
+    @contextlib.contextmanager
+    def _known_savepoint(self) -> Iterator[list[str]]:
+        """The names of the open savepoints, which are set again when the transaction begins to
+        write."""
+        self._own_savepoint = True
+        try:
+            yield self.connection._savepoints if self.pooled else []
+        finally:
+            self._own_savepoint = False
+
+    def before_statement(self, sql: Any) -> None:
+        super().before_statement(sql)
+        first = FIRST_WORD.match(sql) if isinstance(sql, str) else None
+        word = first[1].lower() if first else ""
+        raw_savepoint = word in ("savepoint", "release") and not self._own_savepoint
+        if raw_savepoint or change_in(str(sql)):
+            self.connection._must_lock = True
+        if self._read_only and word not in READS:
+            self._check_reads(sql, word)
+
+    def _check_reads(self, sql: Any, word: str) -> None:
+        """Refuse what would change files or settings although SQLite lets nothing be written."""
+        changes_settings = word == "pragma" and ASKING_PRAGMA.match(sql) is None
+        if not word or word in CHANGES_MORE or changes_settings:
+            raise OperationalError(
+                f"{word.upper() or 'unknown SQL'} in a read-only session of {self.alias!r}; use a "
+                "session that may write"
+            )
 
     def _set_autocommit(self, autocommit: bool) -> None:
         # Setting what is set already would commit an open transaction.
@@ -344,11 +523,34 @@ class Mixin(threaded.Mixin, _Base):
             return
         connection = self.connection
         connection._prelude = ()
+        connection._must_lock = False
         connection._lock_timeout = connection._default_lock_timeout
-        if self._read_only:
-            with self.in_own_use():
-                connection.execute("PRAGMA query_only = OFF")
-            self._read_only = False
+        if self._read_only or connection._reading:
+            connection._call(connection._raw.execute, "PRAGMA query_only = OFF")
+            self._read_only = connection._read_only = connection._reading = False
+
+
+def _last(names: list[str], name: str) -> int:
+    """Where the latest savepoint of this name is; behind all when SQL made it."""
+    return max((at for at, known in enumerate(names) if known == name), default=len(names))
+
+
+def _compiler(compiler: Callable[[str], type], name: str) -> type:
+    cls = compiler(name)
+    return _locking(cls) if name == "SQLCompiler" else cls
+
+
+@cache
+def _locking(cls: Any) -> type:
+    """A compiler whose queries FOR UPDATE take the write lock, which locks all rows there are."""
+
+    def execute_sql(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.query.select_for_update:
+            self.connection.lock()
+        return cls.execute_sql(self, *args, **kwargs)
+
+    names = {"execute_sql": execute_sql, "__module__": cls.__module__}
+    return type(cls.__name__, (cls,), names)
 
 
 def _keep(name: str) -> None:
