@@ -167,7 +167,7 @@ class DatabaseInterface:
             _close,
             name=self.alias,
             options=self._pool_options(),
-            is_permanent=self._wrapper_class.is_permanent,
+            is_permanent=self._is_permanent,
             is_quiet=lambda wrapper: wrapper.is_quiet(),
         )
 
@@ -194,6 +194,9 @@ class DatabaseInterface:
             bridge.discard(_close(wrapper))
             raise
         return wrapper
+
+    def _is_permanent(self, error: BaseException) -> bool:
+        return isinstance(error, ConfigurationError) or self._wrapper_class.is_permanent(error)
 
     def _pool_options(self) -> PoolOptions:
         given: Any = settings.POOLS.get(self.alias)

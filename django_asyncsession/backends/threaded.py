@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import threading
 import weakref
 from collections.abc import Awaitable, Callable, Generator, Iterator
@@ -64,7 +65,9 @@ class DriverThread:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[tuple[Any, BaseException | None]] = loop.create_future()
         self._start()
-        self._jobs.put(partial(self._perform, fn, future, loop))
+        # In the caller's context: what traces a driver finds its parent there.
+        call = partial(contextvars.copy_context().run, fn)
+        self._jobs.put(partial(self._perform, call, future, loop))
         timer = timeout and loop.call_later(timeout, self._time_out, future, interrupt)
         try:
             result, error = await_(future)

@@ -35,6 +35,8 @@ def _stand_in() -> None:
     module = ModuleType("MySQLdb", pymysql.__doc__)
     module.__dict__.update({k: v for k, v in vars(pymysql).items() if not k.startswith("__")})
     module.__dict__.update(__version__=pymysql.__version__, version_info=STANDS_FOR)
+    # What a tool puts in the place of PyMySQL's own, it may put there later.
+    module.connect = lambda *args, **kwargs: pymysql.connect(*args, **kwargs)  # type: ignore[attr-defined]
     # A package without files: every submodule that Django, or anyone, imports is named here.
     module.__path__ = []
     sys.modules["MySQLdb"] = module

@@ -5,25 +5,29 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import os
 import select
 import socket
 import time
 import weakref
-from collections.abc import Awaitable, Generator
+from collections.abc import Awaitable, Generator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import psycopg
 from django.db.backends.postgresql import base
 from psycopg import generators, pq, waiting
 from psycopg._capabilities import capabilities
+from psycopg._conninfo_utils import get_param
 from psycopg.abc import PQGen
 from psycopg.adapt import AdaptersMap
+from psycopg.conninfo import conninfo_attempts_async, conninfo_to_dict, timeout_from_conninfo
 
 from django_asyncsession.backends.attributes import Attributes
 from django_asyncsession.backends.base import BridgedMixin, TransactionOptions, TransactionState
 from django_asyncsession.backends.sockets import has_hung_up, is_quiet
 from django_asyncsession.bridge import await_, in_bridge
+from django_asyncsession.exceptions import ConfigurationError
 
 from .sessionstate import changes_session
 
@@ -56,15 +60,8 @@ HARMLESS = frozenset(
 # Attributes of a connection that are no business of a lease, or brought back in another way.
 NOT_OF_A_LEASE = frozenset(
     {"pgconn", "lock", "wrapper", "begin_sql", "began", "left_by_sql", "_opened", "_farewell"}
-    | {
-        "_waits_in",
-        "_ending",
-        "_closed",
-        "_prepared",
-        "_notifies_backlog",
-        "_adapters",
-        "_pipeline",
-    }
+    | {"_waits_in", "_ending", "_closed", "_prepared", "_notifies_backlog", "_adapters"}
+    | {"_pipeline"}
 )
 # The transaction was idle, or took, for longer than it may; the second only in a later server.
 ENDED_WHILE_IDLE = frozenset({"25P03", "25P04"})
@@ -96,14 +93,27 @@ class Connection(psycopg.Connection[Any]):
     @classmethod
     def connect(cls, conninfo: str = "", **kwargs: Any) -> Connection:
         try:
-            if not in_bridge():
-                return super().connect(conninfo, **kwargs)
-            return await_(_Connector.connect(conninfo, **kwargs))  # type: ignore[return-value]
+            # Tools replace psycopg's own, and get what they expect: a sync connection.
+            return super().connect(conninfo, **kwargs)
         except Exception as exc:
             # psycopg's frames hold the whole connection string, and error pages show the locals of
             # frames.
             error = exc.with_traceback(None)
         raise error
+
+    @classmethod
+    def _get_connection_params(cls, conninfo: str, **kwargs: Any) -> Any:
+        params = super()._get_connection_params(conninfo, **kwargs)
+        return await_(_resolved(params)) if in_bridge() else params
+
+    @classmethod
+    def _connect_gen(cls, conninfo: str = "") -> Any:
+        gen = super()._connect_gen(conninfo)
+        if not in_bridge():
+            return (yield from gen)
+        # Who asks for the first step gets the result: there is nothing to block for.
+        seconds = timeout_from_conninfo(conninfo_to_dict(conninfo))
+        return await_(waiting.wait_conn_async(gen, interval=0.1, timeout=seconds))
 
     def wait(self, gen: PQGen[RV], interval: float = 0.1, timeout: float | None = None) -> RV:
         if self.wrapper is not None and (wrapper := self.wrapper()) is not None:
@@ -282,12 +292,45 @@ class Farewell:
         self._socket.close()
 
 
-class _Connector(psycopg.AsyncConnection[Any]):
-    """psycopg's own way of connecting asynchronously, which ends in one of our connections."""
+async def _resolved(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters with the addresses of their hosts, so that psycopg need not ask for them,
+    which blocks."""
+    # The order of the attempts, and how often each is made, is decided when they are made.
+    plain = {**params, "load_balance_hosts": "disable", "target_session_attrs": "any"}
+    attempts = await conninfo_attempts_async(plain)
+    places = {
+        # What stands in the environment only is the same for all.
+        name: [str(attempt.get(name) or get_param(params, name) or "") for attempt in attempts]
+        for name in ("host", "hostaddr", "port")
+    }
+    return {**params, **{name: ",".join(all_) for name, all_ in places.items() if any(all_)}}
 
-    @classmethod
-    def _connect_gen(cls, conninfo: str = "") -> Any:
-        return Connection._connect_gen(conninfo)
+
+def _check_tools(connection: Any, alias: str) -> None:
+    """Refuse what a tool that replaced `connect` made of the connection, if it cannot work.
+
+    Raises:
+        ConfigurationError: it is not one of ours, or its cursors are of psycopg's async kind: they
+            do not run what they are told, but make a coroutine of it.
+    """
+    if not isinstance(connection, Connection):
+        raise ConfigurationError(
+            f"psycopg.Connection.connect gave a {_name(type(connection))} for {alias!r}, which "
+            "blocks the event loop; let the tool that replaced it call the original with the class "
+            "it is given"
+        )
+    for made in (connection.cursor(), connection.server_cursor_factory):
+        if inspect.iscoroutinefunction(getattr(made, "execute", None)):
+            kind = made if isinstance(made, type) else type(made)
+            raise ConfigurationError(
+                f"the cursors of {alias!r} are {_name(kind)}, which is of psycopg's async kind; "
+                "let the tool that sets cursor_factory, or OPTIONS, give a subclass of "
+                "psycopg.Cursor"
+            )
+
+
+def _name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 class _Driver:
@@ -325,6 +368,12 @@ class Mixin(BridgedMixin, _Base):
 
     def get_new_connection(self, conn_params: dict[str, Any]) -> Any:
         connection = super().get_new_connection(conn_params)
+        if not self.pool:
+            try:
+                _check_tools(connection, self.alias)
+            except BaseException:
+                connection.close()
+                raise
         connection.wrapper = weakref.ref(self)
         return connection
 
