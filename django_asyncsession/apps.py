@@ -31,7 +31,7 @@ class AsyncSessionConfig(AppConfig):
     def ready(self) -> None:
         """Answer Django's guards, before anything connects; register the system checks, and turn
         native mode on if it is set."""
-        from . import checks  # noqa: F401
+        from . import checks, threadlocals  # noqa: F401
         from .bridge import answer_async_guards
         from .native import follow_settings
         from .rows import blocked_access
@@ -39,3 +39,4 @@ class AsyncSessionConfig(AppConfig):
         answer_async_guards(blocked_access)
         follow_settings()
         setting_changed.connect(follow_settings)
+        setting_changed.connect(threadlocals.follow_settings)

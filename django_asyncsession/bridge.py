@@ -14,8 +14,9 @@ import contextlib
 import inspect
 import logging
 import os
+import sys
 import threading
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator
 from typing import Any, ParamSpec, TypeVar, cast
 
 from greenlet import getcurrent, greenlet
@@ -35,6 +36,9 @@ class Bridge(greenlet):
     closing = False
     # The connection that the code in it was given, if it was given one.
     wrapper: Any = None
+    # How its caller goes on with it, with a value or with an error.
+    enter: Callable[..., Any] = greenlet.switch
+    fail: Callable[..., Any] = greenlet.throw
 
     def connection(self, alias: str) -> Any:
         """What `django.db.connections` answers to the code in this greenlet; None where that is
@@ -42,7 +46,7 @@ class Bridge(greenlet):
         return None if self.wrapper is None else self.wrapper.for_alias(alias)
 
 
-async def run(fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+def run(fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, T]:
     """Call the sync `fn(*args, **kwargs)` and return its result; `await_` inside it awaits here.
 
     The code shares the caller's task and context variables. Cancelling the task raises
@@ -50,16 +54,28 @@ async def run(fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
     at the `await_` it is suspended in. Closing or collecting the suspended coroutine unwinds `fn`
     with
     `GeneratorExit`, and whatever it would await while it unwinds raises `BridgeError`.
+    An exception that the caller handles is the one that is being handled in `fn` too.
 
     Raises:
         Whatever `fn` raises.
     """
-    bridge = Bridge(_call)
+    return run_in(Bridge, fn, args, kwargs)
+
+
+async def run_in(
+    made_by: Callable[[Callable[..., Any]], Bridge], fn: Callable[..., T], args: Any, kwargs: Any
+) -> T:
+    """As `run`, in a greenlet that `made_by` makes.
+
+    Raises:
+        Whatever `fn` raises.
+    """
+    bridge = made_by(_call)
     # The same context object, not a copy: what `fn` sets, the caller sees.
     bridge.gr_context = getcurrent().gr_context
     thread = threading.get_ident()
     try:
-        outcome = bridge.switch(fn, args, kwargs)
+        outcome = bridge.enter(fn, args, kwargs, sys.exception())
         while not bridge.dead:
             try:
                 value = await outcome.pop()
@@ -74,11 +90,11 @@ async def run(fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
                 raise
             except BaseException as error:
                 bridge.parent = getcurrent()
-                outcome = bridge.throw(error)
+                outcome = bridge.fail(error)
             else:
                 # An eager task begins in the greenlet that makes it, and goes on in the loop's.
                 bridge.parent = getcurrent()
-                outcome = bridge.switch(value)
+                outcome = bridge.enter(value)
         return cast(T, outcome)
     finally:
         # A frame that an exception's traceback keeps must not keep the greenlet, or its stack,
@@ -87,10 +103,18 @@ async def run(fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         outcome = value = None
 
 
-def _call(fn: Callable[..., T], args: Any, kwargs: Any) -> T | None:
-    """Call `fn`; the whole of what runs in the greenlet."""
+def _call(fn: Callable[..., T], args: Any, kwargs: Any, handled: BaseException | None) -> T | None:
+    """Call `fn`; the whole of what runs in the greenlet, which knows of no exception by itself.
+
+    Args:
+        handled: the exception that the caller is handling.
+    """
     try:
-        return fn(*args, **kwargs)
+        if handled is None:
+            return fn(*args, **kwargs)
+        # In the list only: what `fn` raises keeps this frame, and may be the exception itself.
+        given, handled = [handled], None
+        return _handling(given, fn, args, kwargs)
     except Exception:
         if not cast(Bridge, getcurrent()).closing:
             raise
@@ -99,11 +123,25 @@ def _call(fn: Callable[..., T], args: Any, kwargs: Any) -> T | None:
         return None
 
 
+def _handling(given: list[BaseException], fn: Callable[..., T], args: Any, kwargs: Any) -> T:
+    """Call `fn` as an `except` block calls it that handles the exception in `given`, which is
+    emptied."""
+    error = given.pop()
+    traceback = error.__traceback__
+    try:
+        raise error
+    except BaseException:
+        # Python has put this frame in front.
+        error.__traceback__ = traceback
+        del error, traceback
+        return fn(*args, **kwargs)
+
+
 def _unwind(bridge: Bridge) -> None:
     """End `bridge` with GeneratorExit."""
     with contextlib.suppress(GeneratorExit):
         # Not the caught one: its traceback would hold this frame, and this frame it.
-        bridge.throw(GeneratorExit)
+        bridge.fail(GeneratorExit)
 
 
 def await_(awaitable: Awaitable[T]) -> T:
@@ -113,6 +151,56 @@ def await_(awaitable: Awaitable[T]) -> T:
         BridgeError: called outside `run`, or in a `run` that is being closed. The awaitable is
             closed unawaited.
         Whatever the awaitable raises, `CancelledError` included.
+    """
+    box = _boxed(awaitable)
+    # The garbage collector cannot look into a suspended greenlet: an awaitable held there, which
+    # leads to the waiting task and so back to the greenlet, would outlive its loop for ever.
+    del awaitable
+    handled = sys.exception()
+    if handled is None:
+        return cast(T, getcurrent().parent.switch(box))  # type: ignore[union-attr]
+    try:
+        return cast(T, getcurrent().parent.switch(box))  # type: ignore[union-attr]
+    except BaseException as error:
+        _chain(error, handled)
+        raise
+    finally:
+        del handled
+
+
+def _chain(error: BaseException, handled: BaseException) -> None:
+    """Put what was being handled at the end of the contexts of an error that was raised elsewhere,
+    as Python does for one that is raised here."""
+    seen = {id(later) for later in _contexts(handled)}
+    for last in _contexts(error):
+        if id(last) in seen:
+            # Python would have ended the other chain, to make no circle.
+            return
+    last.__context__ = handled
+
+
+def _contexts(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__context__
+
+
+def hand_out(awaitable: Awaitable[T]) -> T:
+    """As `await_`, for code that another greenlet runs: an error is raised as it is.
+
+    Raises:
+        As `await_`.
+    """
+    box = _boxed(awaitable)
+    del awaitable
+    return cast(T, getcurrent().parent.switch(box))  # type: ignore[union-attr]
+
+
+def _boxed(awaitable: Awaitable[T]) -> list[Awaitable[T]]:
+    """What the greenlet hands to its parent, which empties it.
+
+    Raises:
+        BridgeError: nothing can be awaited here.
     """
     # The greenlet is not kept in a local: its own frame would refer to it, a cycle for the garbage
     # collector.
@@ -125,12 +213,7 @@ def await_(awaitable: Awaitable[T]) -> T:
     if getcurrent().closing:  # type: ignore[attr-defined]
         discard(awaitable)
         raise BridgeError("nothing can be awaited while the suspended run() is being closed")
-    parent = cast(greenlet, getcurrent().parent)
-    # The garbage collector cannot look into a suspended greenlet: an awaitable held there, which
-    # leads to the waiting task and so back to the greenlet, would outlive its loop for ever.
-    box = [awaitable]
-    del awaitable
-    return cast(T, parent.switch(box))
+    return [awaitable]
 
 
 def await_here(awaitable: Awaitable[T]) -> T:
@@ -145,7 +228,7 @@ def await_here(awaitable: Awaitable[T]) -> T:
         step = awaitable.send(None)
         while True:
             try:
-                value = await_(_Step(step))
+                value = hand_out(_Step(step))
             except BaseException as error:
                 step = awaitable.throw(error)
             else:

@@ -18,6 +18,7 @@ from .backends.base import BridgedMixin, TransactionState
 from .connections import call_with
 from .exceptions import SessionClosedError
 from .pool import Lease
+from .threadlocals import Contents
 
 logger = logging.getLogger("django_asyncsession")
 
@@ -46,8 +47,10 @@ class Source(Protocol):
 class Checkout:
     """At most one connection, and the calls that run on it."""
 
-    def __init__(self, database: Source, made_at: str) -> None:
+    def __init__(self, database: Source, made_at: str, contents: Contents | None) -> None:
         self._database = database
+        # Of the thread-locals that the calls find.
+        self._contents = contents
         # Where the session was made.
         self.made_at = made_at
         self._lease: Lease[BridgedMixin] | None = None
@@ -109,7 +112,7 @@ class Checkout:
             async with limit:
                 self._limit = limit
                 wrapper = await self._take()
-                return await _call(wrapper, partial(fn, wrapper))
+                return await self._call(wrapper, partial(fn, wrapper))
         except TimeoutError as exc:
             if not limit.expired():
                 raise
@@ -118,6 +121,18 @@ class Checkout:
             self._limit = outer
             # It keeps the task, which keeps its exception, whose traceback keeps this frame.
             del limit
+
+    async def _call(self, wrapper: BridgedMixin, fn: Callable[[], T]) -> T:
+        before = cancels()
+        run = bridge.run if self._contents is None else self._contents.run
+        try:
+            result: T = await run(call_with, wrapper, fn)
+        except Exception as exc:
+            if wrapper.cut and cancels() > before:
+                # The task was cancelled in the call, and what unwound raised something else.
+                raise asyncio.CancelledError from exc
+            raise
+        return result
 
     async def _take(self) -> BridgedMixin:
         if self._lease is None:
@@ -172,18 +187,6 @@ class Checkout:
             lease.connection.abandon()
             lease.connection.scrub()
             lease.release(usable=False)
-
-
-async def _call(wrapper: BridgedMixin, fn: Callable[[], T]) -> T:
-    before = cancels()
-    try:
-        result: T = await bridge.run(call_with, wrapper, fn)
-    except Exception as exc:
-        if wrapper.cut and cancels() > before:
-            # The task was cancelled in the call, and what unwound raised something else.
-            raise asyncio.CancelledError from exc
-        raise
-    return result
 
 
 async def _reset(wrapper: BridgedMixin) -> bool:

@@ -10,12 +10,14 @@ from typing import Any
 
 import django
 from asgiref.sync import async_to_sync
+from django.apps import apps
 from django.conf import settings as django_settings
 from django.core.checks import CheckMessage, Error, Tags, Warning, register
 from django.core.exceptions import ImproperlyConfigured
 from django.db import DatabaseError, connections
 from django.utils.module_loading import import_string
 
+from . import threadlocals
 from .backends.base import bridged_class
 from .conf import DEFAULTS, problems_of
 from .conf import settings as own_settings
@@ -458,3 +460,26 @@ def check_pool_of_django(**kwargs: Any) -> list[CheckMessage]:
             )
         )
     return messages
+
+
+@register(Tags.compatibility)
+def check_thread_locals(**kwargs: Any) -> list[CheckMessage]:
+    """E120: THREAD_LOCALS names what is none. W120: a package has one that is not listed."""
+    packages = {name.partition(".")[0] for name in django_settings.MIDDLEWARE}
+    packages |= {app.name.partition(".")[0] for app in apps.get_app_configs()}
+    try:
+        names = threadlocals.unlisted(packages - {"django", "django_asyncsession"})
+    except ConfigurationError as exc:
+        if list(problems_of(getattr(django_settings, "ASYNC_SESSION", {}))):
+            # E004 says it.
+            return []
+        return [Error(f"{exc}.", id=_id("E120"))]
+    return [
+        Warning(
+            f"{name!r} is a threading.local, so what one request puts there, another one sees.",
+            hint='Add it to ASYNC_SESSION["THREAD_LOCALS"]; or silence this check, if it holds '
+            "nothing of a request.",
+            id=_id("W120"),
+        )
+        for name in names
+    ]

@@ -23,6 +23,9 @@ DEFAULTS: Final[Mapping[str, Any]] = {
     # True: sessions put SQLite database files into WAL mode, where readers and a writer do not
     # wait for each other. The mode stays with the file.
     "SQLITE_WAL": True,
+    # Dotted names of `threading.local` objects, or of what holds them, that each session has for
+    # itself; those of known packages are added.
+    "THREAD_LOCALS": [],
     # Seconds after which a statement is logged as slow; None logs none.
     "SLOW_QUERY_SECONDS": None,
     # Seconds after which a session that still holds its connection is logged; None logs none.

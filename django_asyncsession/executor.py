@@ -18,6 +18,7 @@ from .exceptions import QueryTimeout, SessionClosedError, SessionInUseError, Ses
 from .pool import creation_site, task_name
 from .results import BaseResultSet, MemoryCursor, Reader
 from .statements import check_one_statement
+from .threadlocals import Contents
 from .turns import Turns, _held, check_loop
 
 P = ParamSpec("P")
@@ -44,7 +45,13 @@ class Executor:
     mode."""
 
     def __init__(
-        self, database: Source, *, autocommit: bool, site: str | None = None, **options: Any
+        self,
+        database: Source,
+        *,
+        autocommit: bool,
+        site: str | None = None,
+        contents: Contents | None = None,
+        **options: Any,
     ) -> None:
         self.alias = database.alias
         self.autocommit = autocommit
@@ -54,7 +61,7 @@ class Executor:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._owner: asyncio.Task[Any] | None = None
         self._turns: Turns
-        self._checkout = Checkout(database, self._site)
+        self._checkout = Checkout(database, self._site, contents)
         self._blocks: list[Block] = []
         self._ready = False
         # The first word of the first statement that did more than read; empty: there was none.

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from django.db import connections
 from django.db.utils import ConnectionHandler
 
-from . import bridge
+from . import bridge, threadlocals
 from .backends.base import BridgedMixin, Secret, bridged_class, make_wrapper
 from .checkout import Source
 from .conf import settings
@@ -188,7 +188,7 @@ class DatabaseInterface:
     async def _open_connection(self) -> BridgedMixin:
         wrapper = make_wrapper(self.alias, self._settings_dict)
         try:
-            await bridge.run(call_with, wrapper, wrapper.open)
+            await threadlocals.run_apart(call_with, wrapper, wrapper.open)
         except BaseException:
             # Connected, but not set up (a role that does not exist): nobody else would close it.
             bridge.discard(_close(wrapper))
@@ -255,7 +255,7 @@ class DatabaseInterface:
         Raises:
             ConfigurationError: an option that cannot be.
         """
-        return Transaction(self, **options)
+        return Transaction(self, contents=threadlocals.new(), **options)
 
     def get_ddl_session(self) -> DDLSession:
         """A session that changes the schema."""

@@ -8,11 +8,12 @@ connection; everywhere else it does what Django does.
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from importlib import import_module
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 from asgiref.sync import AsyncToSync, SyncToAsync
 from django.conf import settings as django_settings
@@ -29,6 +30,8 @@ from .results import Reader
 from .routes import ROUTES, Route, keeps_thread
 from .session import Session
 from .sessionset import SessionSet, current, current_call, is_enclosed
+
+T = TypeVar("T")
 
 
 class RoutedCall(SyncToAsync[..., Any]):
@@ -147,8 +150,26 @@ async def _close(generator: Any, run: Callable[..., Awaitable[Any]]) -> None:
 def _await_in_bridge(self: AsyncToSync[..., Any], *args: Any, **kwargs: Any) -> Any:
     """`async_to_sync`, which in the bridge would refuse because the event loop runs."""
     if bridge.in_bridge() and not self.force_new_loop:
-        return bridge.await_(self.awaitable(*args, **kwargs))
+        return bridge.await_(_handling([sys.exception()], self.awaitable, args, kwargs))
     return _asgiref_async_to_sync(self, *args, **kwargs)
+
+
+async def _handling(
+    given: list[BaseException | None], fn: Callable[..., Awaitable[T]], args: Any, kwargs: Any
+) -> T:
+    """Await as an `except` block does that handles the exception in `given`, as asgiref does."""
+    error = given.pop()
+    if error is None or isinstance(error, GeneratorExit):
+        # Of a generator; here it would say that nothing can be awaited.
+        return await fn(*args, **kwargs)
+    before = error.__traceback__, error.__context__
+    try:
+        raise error
+    except BaseException:
+        # Python has put this frame in front, and what this task handles behind.
+        error.__traceback__, error.__context__ = before
+        del error, before
+        return await fn(*args, **kwargs)
 
 
 _asgiref_async_to_sync: Any = AsyncToSync.__call__

@@ -22,7 +22,7 @@ from weakref import ref
 
 from django.db.models import Model
 
-from . import parallel, rows
+from . import parallel, rows, threadlocals
 from .blocks import Block
 from .checkout import Source, nothing_can_wait
 from .exceptions import SessionClosedError, SessionStateError
@@ -114,6 +114,8 @@ class Session:
         self._begin_on_use = begin_on_use
         self._state = State.NEW
         self._site = creation_site()
+        # What its sync code has put into thread-locals; None when there are none to swap.
+        self.contents = threadlocals.new()
         self._entered = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._outcome: Outcome | None = None
@@ -229,6 +231,8 @@ class Session:
                 await transaction.close(has_error=has_error)
             finally:
                 self._forget(transaction)
+        if self.contents is not None:
+            self.contents.clear()
 
     aclose = close
 
@@ -590,7 +594,10 @@ class Session:
         options["isolation"] = isolation or self._options["isolation"]
         # It waits for the others while it has nothing to do.
         options["deferrable"] = options["idle_timeout"] = None
-        return Session(self.bind, **options)
+        reader = Session(self.bind, **options)
+        if self.contents is not None and reader.contents is not None:
+            reader.contents.join(self.contents.copy())
+        return reader
 
     # Sync code
 
@@ -848,7 +855,13 @@ class Session:
 
     def _new_transaction(self, autocommit: bool | None = None) -> Transaction:
         mode = self.autocommit if autocommit is None else autocommit
-        return Transaction(self.bind, autocommit=mode, site=self._site, **self._options)
+        return Transaction(
+            self.bind,
+            autocommit=mode,
+            site=self._site,
+            contents=self.contents,
+            **self._options,
+        )
 
     @property
     def _is_one_statement_mode(self) -> bool:

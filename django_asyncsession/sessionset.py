@@ -7,6 +7,7 @@ import asyncio
 import contextvars
 import inspect
 import logging
+import sys
 import time
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
@@ -65,8 +66,10 @@ class SessionSet:
         # Which task has the connection of an alias, and which alias a task waits for.
         self._holders: dict[str, asyncio.Task[Any] | None] = {}
         self._wanted: dict[asyncio.Task[Any] | None, str] = {}
+        # What sync code of all of them finds in thread-locals.
+        self.contents = main.contents
         for session in self._sessions.values():
-            session.companions = self
+            self._adopt(session)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {', '.join(map(repr, self._sessions.values()))}>"
@@ -84,9 +87,14 @@ class SessionSet:
             )
         if alias not in self._sessions:
             session = databases[alias].get_session(begin_on_use=True, autocommit=self._autocommit)
-            session.companions = self
+            self._adopt(session)
             self._sessions[alias] = session
         return self._sessions[alias]
+
+    def _adopt(self, session: Session) -> None:
+        session.companions = self
+        if session.contents is not None and self.contents is not None:
+            session.contents.join(self.contents)
 
     @property
     def is_usable(self) -> bool:
@@ -106,7 +114,8 @@ class SessionSet:
             SessionInUseError: it would wait for a task that waits for this one.
             Whatever `fn` raises.
         """
-        return await bridge.run(self._run, fn, args, kwargs)
+        result: T = await self._bridged(self._run, fn, args, kwargs)
+        return result
 
     async def run_on(
         self, alias: str, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs
@@ -116,7 +125,8 @@ class SessionSet:
         Raises:
             As `run`.
         """
-        return await bridge.run(self._run, _take, (alias, fn, *args), kwargs)
+        result: T = await self._bridged(self._run, _take, (alias, fn, *args), kwargs)
+        return result
 
     @asynccontextmanager
     async def hold(self, alias: str) -> AsyncIterator[Callable[[Callable[[], T]], Awaitable[T]]]:
@@ -125,9 +135,15 @@ class SessionSet:
 
             async def run(fn: Callable[[], T]) -> T:
                 # A cursor that is open already does not ask for its connection.
-                return await bridge.run(self._run, _take, (alias, fn), {}, {alias: transaction.run})
+                runners = {alias: transaction.run}
+                result: T = await self._bridged(self._run, _take, (alias, fn), {}, runners)
+                return result
 
             yield run
+
+    @property
+    def _bridged(self) -> Callable[..., Coroutine[Any, Any, Any]]:
+        return bridge.run if self.contents is None else self.contents.run
 
     def _run(
         self, fn: Callable[..., T], args: Any, kwargs: Any, runners: Mapping[str, Runner] = NONE
@@ -137,7 +153,7 @@ class SessionSet:
         outer = call.outer
         _enclosing.set(call)
         try:
-            return cast(T, call.go_on(call.resume(fn, args, kwargs)))
+            return cast(T, call.go_on(call.resume(fn, args, kwargs, sys.exception())))
         finally:
             _enclosing.set(outer)
             call.end()
@@ -154,7 +170,7 @@ class SessionSet:
             self._check_no_deadlock(call.task, alias)
             self._wanted[call.task] = alias
             run = call.runners.get(alias) or self.session(alias).run_alone
-            return _unpacked(bridge.await_(_outcome(run(self._enter, call, alias))))
+            return _unpacked(bridge.hand_out(_outcome(run(self._enter, call, alias))))
         except BaseException as error:
             if alias in call.entered:
                 raise
@@ -428,7 +444,7 @@ class Call(bridge.Bridge):
                 if isinstance(outcome, _Wanted):
                     return self.sessions.lend(self, outcome.alias)
                 try:
-                    value = bridge.await_(outcome.pop())
+                    value = bridge.hand_out(outcome.pop())
                 except BaseException as error:
                     self.closing = getcurrent().closing  # type: ignore[attr-defined]
                     outcome = self.throw(error)
@@ -489,13 +505,16 @@ async def _outcome(call: Awaitable[T]) -> tuple[T | None, Exception | None]:
 
 def _unpacked(outcome: tuple[T | None, Exception | None]) -> Any:
     result, error = outcome
-    try:
-        if error is not None:
-            raise error
+    if error is None:
         return result
+    context = error.__context__
+    try:
+        raise error
     finally:
+        # It was raised where what is being handled here was known.
+        error.__context__ = context
         # The error keeps this frame, which must not keep the error.
-        del outcome, error
+        del outcome, error, context
 
 
 def is_enclosed() -> bool:

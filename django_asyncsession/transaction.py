@@ -20,6 +20,7 @@ from .exceptions import CommitUnknown, SessionClosedError, SessionStateError
 from .executor import Executor, State
 from .hooks import Hooks, call_waiting
 from .statements import check_savepoint_name
+from .threadlocals import Contents
 from .turns import Turns, check_loop
 
 logger = logging.getLogger("django_asyncsession")
@@ -48,6 +49,7 @@ class Transaction(Executor):
         database: where connections come from.
         autocommit: True: no transaction at all, each statement commits by itself.
         site: where the session was made, for messages; None takes the caller's place.
+        contents: of the thread-locals that sync code finds; None leaves them alone.
         isolation, read_only, deferrable: what BEGIN says; None leaves the database's default.
         timeout, lock_timeout, idle_timeout: seconds that a statement, a wait for a lock, or the
             pause between two
@@ -63,9 +65,10 @@ class Transaction(Executor):
         *,
         autocommit: bool = False,
         site: str | None = None,
+        contents: Contents | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(database, autocommit=autocommit, site=site, **options)
+        super().__init__(database, autocommit=autocommit, site=site, contents=contents, **options)
         self.outcome: Outcome | None = None
         self._begun_by: tuple[asyncio.Task[Any] | None, int] = (None, 0)
         self._hooks = Hooks()
