@@ -33,6 +33,7 @@ from django.db.models.query import QuerySet, RawQuerySet
 
 from .exceptions import PoolError, SessionStateError
 from .queries import SelectQuery
+from .statements import locks, reading
 from .transaction import Transaction
 
 if TYPE_CHECKING:
@@ -48,11 +49,14 @@ def checked(reads: Iterable[Read], alias: str, limit: int) -> list[Call]:
     """What runs each read in a session that it is given.
 
     Raises:
+        SessionStateError: a query that locks rows.
         TypeError: something that is no read.
         ValueError: `limit` is below 1, or a QuerySet names another database.
     """
     reads = list(reads)
     try:
+        if any(_locks(read) for read in reads):
+            raise _no_locks(alias)
         if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
             raise ValueError(f"limit is {limit!r}; give a number of connections, 1 or more")
         return [_call(read, alias) for read in reads]
@@ -61,6 +65,21 @@ def checked(reads: Iterable[Read], alias: str, limit: int) -> list[Call]:
             if inspect.iscoroutine(read):
                 read.close()
         raise
+
+
+def _locks(read: Any) -> bool:
+    if not isinstance(read, (SelectQuery, QuerySet)):
+        return False
+    query: Any = read.query
+    return any(part.select_for_update for part in (query, *query.combined_queries))
+
+
+def _no_locks(alias: str) -> SessionStateError:
+    return SessionStateError(
+        f"gather() on {alias!r} reads on other connections, in read-only transactions that end "
+        "with it, so for_update() and its kin cannot lock for this session; run what locks one "
+        "after the other in session.atomic()"
+    )
 
 
 def _call(read: Any, alias: str) -> Call:
@@ -125,6 +144,16 @@ class Gathering:
         self._tasks: set[asyncio.Task[None]] = set()
         self._waiting: dict[asyncio.Task[Any] | None, Session] = {}
         self._error: BaseException | None = None
+        self.is_over = False
+
+    def check(self, sql: str, alias: str, vendor: str) -> None:
+        """Refuse a statement of a read that locks rows or tables.
+
+        Raises:
+            SessionStateError: it does.
+        """
+        if alias == self._session.alias and locks(sql, vendor):
+            raise _no_locks(alias)
 
     async def run(self, transaction: Transaction | None) -> list[Any]:
         """Run the reads.
@@ -134,6 +163,13 @@ class Gathering:
         """
         if not self._todo:
             return []
+        try:
+            return await self._run(transaction)
+        finally:
+            # What a read has started may go on, and is then no read any more.
+            self.is_over = True
+
+    async def _run(self, transaction: Transaction | None) -> list[Any]:
         if transaction is None:
             return await (self._alone if self._bind.is_shared else self._apart)()
         # Nobody else may end the transaction meanwhile, nor a read use this session by mistake.
@@ -253,7 +289,7 @@ class Gathering:
             while self._todo:
                 at, call = self._todo.popleft()
                 try:
-                    self._results[at] = await call(session)
+                    self._results[at] = await self._one(call, session)
                 except Exception as error:
                     self._fail(error)
                 except asyncio.CancelledError as error:
@@ -264,6 +300,14 @@ class Gathering:
         for task, reader in self._waiting.items():
             if task is not None and not reader.transaction.holds_connection:  # type: ignore[union-attr]
                 task.cancel()
+
+    async def _one(self, call: Call, session: Session) -> Any:
+        outer = reading.get()
+        reading.set(self)
+        try:
+            return await call(session)
+        finally:
+            reading.set(outer)
 
     def _fail(self, error: BaseException) -> None:
         """Stop the others; but what runs on the session's own connection is left to end, because

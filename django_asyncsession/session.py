@@ -578,7 +578,7 @@ class Session:
 
         Raises:
             SessionStateError: the transaction has written, locked or set something, which the
-                other connections would not see.
+                other connections would not see; or a read locks rows, as `for_update()` does.
             TypeError: a coroutine, or something else that is no read.
             ValueError: `limit` is below 1.
             What the first read that failed raised; the others are stopped.

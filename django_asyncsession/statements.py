@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from contextvars import ContextVar
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import sqlparse
 
 from .exceptions import MultipleStatements
+from .scanner import scanner
 
 # A savepoint name is quoted, so what could end the quotes is refused.
 SAVEPOINT_NAME = re.compile(r"""[^"'`\x00\\%]+""")
@@ -49,6 +51,34 @@ def change_in(sql: str) -> str:
     if first[1].lower() in READS and CHANGES.search(sql) is None:
         return ""
     return first[1].upper()
+
+
+LOCKS = re.compile(
+    r"\bfor\s+(?:(?:no\s+key\s+)?update|(?:key\s+)?share)\b|\block\s+in\s+share\b|\A\s*lock\b",
+    re.IGNORECASE,
+)
+
+
+def locks(sql: str, vendor: str) -> bool:
+    """Whether a statement locks rows or tables, as far as its text tells."""
+    return LOCKS.search(scanner(vendor).bare(sql)) is not None
+
+
+class Reads(Protocol):
+    """Reads that run at the same time, on connections that may not lock."""
+
+    is_over: bool
+
+    def check(self, sql: str, alias: str, vendor: str) -> None:
+        """Refuse a statement that is no read.
+
+        Raises:
+            SessionStateError: it locks something.
+        """
+
+
+# The reads that the sync code of this context belongs to.
+reading: ContextVar[Reads | None] = ContextVar("reading", default=None)
 
 
 def check_one_statement(sql: Any) -> None:

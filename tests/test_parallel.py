@@ -10,13 +10,14 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
-from django.db import Error
+from django.db import Error, connections
 from django.db.models import F
 from django.db.models.expressions import RawSQL
 from django.test import override_settings
 
 from django_asyncsession import DatabaseInterface, Session, native
 from django_asyncsession.exceptions import QueryTimeout, SessionInUseError, SessionStateError
+from django_asyncsession.testing import async_assert_num_queries
 from tests.faults import cancel_at, outcome_of
 from tests.models import User
 from tests.sessions import COUNT, INSERT, names, pool, slow, whole
@@ -604,4 +605,84 @@ async def test_djangos_own_methods_in_a_read_run_on_its_connection(
         async with real_database.get_session() as session, native.use(session):
             assert await session.gather(read, read) == [("Ada", True)] * 2
             assert (await User.objects.aget()).name == "Ada"
+    await whole(real_database)
+
+
+# Locks
+
+LOCKING = "SELECT name FROM tests_user FOR UPDATE"
+
+
+@pytest.mark.parametrize("autocommit", [False, True], ids=["transaction", "autocommit"])
+async def test_a_query_that_locks_is_refused_before_anything_is_sent(
+    real_database: DatabaseInterface, autocommit: bool
+) -> None:
+    async with real_database.get_session(autocommit=autocommit) as session:
+        plain = session.select(User)
+        for locking in (
+            plain.for_update(),
+            plain.union(plain).queryset.select_for_update(),
+            User.objects.select_for_update(),
+        ):
+            sent = async_assert_num_queries(0, real_database.alias)
+            async with sent:
+                with pytest.raises(SessionStateError, match=r"for_update.*session\.atomic\(\)"):
+                    await session.gather(plain, locking)
+        assert await session.gather(plain) == [[]]
+    await whole(real_database)
+
+
+@pytest.mark.parametrize("holds", [False, True])
+async def test_a_read_whose_sql_locks_is_refused_before_it_is_sent(
+    real_database: DatabaseInterface, holds: bool
+) -> None:
+    """Whichever connection it would be sent on, and by whom."""
+
+    def service(alias: str) -> None:
+        with connections[alias].cursor() as cursor:
+            cursor.execute(LOCKING)
+
+    reads: list[Any] = [
+        lambda s: s.fetch_all(LOCKING),
+        lambda s: s.fetch_all("SELECT 1 /* one */ for -- all\n Share"),
+        lambda s: s.run_sync(service, real_database.alias),
+    ]
+    async with real_database.get_session() as session:
+        for read in reads:
+            if holds:
+                await session.fetch_value(COUNT)
+            with pytest.raises(SessionStateError, match=r"for_update.*session\.atomic\(\)"):
+                await session.gather(read)
+        if real_database.vendor != "sqlite":
+            # Outside of it, a lock is the server's business.
+            assert await session.fetch_all(LOCKING) == []
+    await whole(real_database)
+
+
+async def test_words_in_quotes_lock_nothing(real_database: DatabaseInterface) -> None:
+    text = "SELECT 'for update'"
+    async with real_database.get_session() as session:
+        assert await session.gather(lambda s: s.fetch_value(text)) == ["for update"]
+
+
+async def test_what_a_read_has_started_may_lock_afterwards(
+    real_database: DatabaseInterface,
+) -> None:
+    if real_database.vendor == "sqlite":
+        pytest.skip("SQLite locks no rows")
+    over = asyncio.Event()
+
+    async def later() -> list[Any]:
+        await over.wait()
+        async with real_database.get_session() as session:
+            return await session.fetch_all(LOCKING)
+
+    async def read(session: Session) -> asyncio.Task[list[Any]]:
+        await session.fetch_value(COUNT)
+        return asyncio.create_task(later())
+
+    async with real_database.get_session() as session:
+        (task,) = await session.gather(read)
+    over.set()
+    assert await task == []
     await whole(real_database)

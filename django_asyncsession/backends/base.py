@@ -27,7 +27,7 @@ from greenlet import getcurrent, greenlet
 
 from django_asyncsession.bridge import await_
 from django_asyncsession.exceptions import AliasNotInSession, ConfigurationError, SessionClosedError
-from django_asyncsession.statements import change_in
+from django_asyncsession.statements import change_in, reading
 
 from .attributes import Attributes
 
@@ -517,10 +517,14 @@ class BridgedMixin(_Wrapper):
         """Called with the text of each statement that a cursor of Django's is about to send.
 
         Raises:
+            SessionStateError: it locks, and is a read of `gather`.
             As `before_statement`.
         """
         if self.pooled:
             self.before_statement(sql)
+        if (reads := reading.get()) is not None and not reads.is_over:
+            text = sql if isinstance(sql, str) else sql.as_string(None)
+            reads.check(text, self.alias, self.vendor)
         self.note_change(sql)
 
     def note_unseen(self, what: str = "SQL with the driver") -> None:
