@@ -24,6 +24,7 @@ from .connections import call_with
 from .exceptions import ConfigurationError, UnknownAlias
 from .pool import COUNTERS, Lease, Pool, PoolOptions
 from .session import Session
+from .shutdown import hold_back
 from .transaction import Transaction
 
 if TYPE_CHECKING:
@@ -160,6 +161,7 @@ class DatabaseInterface:
         return pool if pool is not None and pool.belongs_to(loop) else None
 
     def _make_pool(self) -> Pool[BridgedMixin]:
+        hold_back()
         bridge.check_guards_answered()
         return Pool(
             self._open_connection,
