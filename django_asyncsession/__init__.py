@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from .decorators import background_session as background_session
     from .decorators import inject_session as inject_session
     from .exceptions import *  # noqa: F403
-    from .executor import State as State
     from .interface import DatabaseInterface as DatabaseInterface
     from .interface import databases as databases
     from .management.base import AsyncCommand as AsyncCommand
@@ -37,8 +36,9 @@ if TYPE_CHECKING:
     from .session import Session as Session
     from .tables import RowTable as RowTable
     from .tables import table as table
-    from .transaction import Outcome as Outcome
-    from .transaction import Transaction as Transaction
+    from .transactions.checkout import State as State
+    from .transactions.transaction import Outcome as Outcome
+    from .transactions.transaction import Transaction as Transaction
     from .writes import excluded as excluded
 
 _MODULES = {
@@ -48,8 +48,8 @@ _MODULES = {
     "management.base": ("AsyncCommand",),
     "interface": ("DatabaseInterface", "databases"),
     "session": ("Session",),
-    "executor": ("State",),
-    "transaction": ("Outcome", "Transaction"),
+    "transactions.checkout": ("State",),
+    "transactions.transaction": ("Outcome", "Transaction"),
     "tables": ("RowTable", "table"),
     "columns": ("Column", "Condition"),
     "queries": ("DeleteQuery", "InsertQuery", "SelectQuery", "UpdateQuery", "UpsertQuery"),

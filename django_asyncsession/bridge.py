@@ -16,6 +16,7 @@ import logging
 import os
 import sys
 import threading
+import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator
 from typing import Any, ParamSpec, TypeVar, cast
 
@@ -59,33 +60,41 @@ def run(fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Coroutine[A
     Raises:
         Whatever `fn` raises.
     """
-    return run_in(Bridge, fn, args, kwargs)
+    return run_with(None, fn, args, kwargs)
 
 
-async def run_in(
-    made_by: Callable[[Callable[..., Any]], Bridge], fn: Callable[..., T], args: Any, kwargs: Any
+async def run_with(
+    wrapper: Any,
+    fn: Callable[..., T],
+    args: tuple[Any, ...] = (),
+    kwargs: dict[str, Any] | None = None,
+    *,
+    made_by: Callable[[Callable[..., Any]], Bridge] = Bridge,
 ) -> T:
-    """As `run`, in a greenlet that `made_by` makes.
+    """As `run`; in `fn`, and nowhere else, `wrapper` is the connection of its alias.
 
-    Raises:
-        Whatever `fn` raises.
+    Args:
+        wrapper: the connection; None where there is none.
+        made_by: makes the greenlet.
     """
     bridge = made_by(_call)
+    if wrapper is not None:
+        bridge.wrapper = wrapper
+        outer, wrapper.serving = wrapper.serving, weakref.ref(bridge)
     # The same context object, not a copy: what `fn` sets, the caller sees.
     bridge.gr_context = getcurrent().gr_context
     thread = threading.get_ident()
     try:
-        outcome = bridge.enter(fn, args, kwargs, sys.exception())
+        outcome = bridge.enter(fn, args, kwargs or {}, sys.exception())
         while not bridge.dead:
             try:
                 value = await outcome.pop()
             except GeneratorExit:
                 bridge.closing = True
                 # In another thread (garbage collection runs anywhere) a greenlet cannot be
-                # switched to: greenlet
-                # itself ends it in its own thread, and the lease's finalizer closes the connection.
+                # switched to: greenlet itself ends it in its own thread, and the lease's finalizer
+                # closes the connection.
                 if threading.get_ident() == thread:
-                    bridge.parent = getcurrent()
                     _unwind(bridge)
                 raise
             except BaseException as error:
@@ -97,8 +106,9 @@ async def run_in(
                 outcome = bridge.enter(value)
         return cast(T, outcome)
     finally:
-        # A frame that an exception's traceback keeps must not keep the greenlet, or its stack,
-        # alive.
+        if wrapper is not None:
+            wrapper.serving = outer
+        # An exception's traceback keeps this frame, which must not keep the greenlet or its stack.
         del bridge
         outcome = value = None
 
@@ -139,6 +149,7 @@ def _handling(given: list[BaseException], fn: Callable[..., T], args: Any, kwarg
 
 def _unwind(bridge: Bridge) -> None:
     """End `bridge` with GeneratorExit."""
+    bridge.parent = getcurrent()
     with contextlib.suppress(GeneratorExit):
         # Not the caught one: its traceback would hold this frame, and this frame it.
         bridge.fail(GeneratorExit)

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 from django.db import connections
 from greenlet import getcurrent
 
-from .backends.base import BridgedMixin, missing, wrapper_class
+from .backends.base import missing, wrapper_class
 from .bridge import Bridge, in_bridge
-from .exceptions import ConfigurationError, SessionClosedError
-
-T = TypeVar("T")
+from .exceptions import ConfigurationError
 
 
 class Connections(type(connections)):  # type: ignore[misc]
@@ -54,25 +50,3 @@ def install() -> None:
     """Let Django's own `connections` ask the running call; called once, when Django starts."""
     if not isinstance(connections, Connections):
         connections.__class__ = Connections
-
-
-def call_with(wrapper: BridgedMixin, fn: Callable[[], T]) -> T:
-    """Call `fn` with `wrapper` as the connection of its alias, and every other alias refused.
-
-    Raises:
-        SessionClosedError: outside the bridge.
-        Whatever `fn` raises.
-    """
-    call = getcurrent()
-    if not isinstance(call, Bridge):
-        raise SessionClosedError(
-            f"the connection of {wrapper.alias!r} works in the bridge only; use session.run_sync()"
-        )
-    outer, given = wrapper.serving, call.wrapper
-    wrapper.serving, call.wrapper = weakref.ref(call), wrapper
-    try:
-        return fn()
-    finally:
-        wrapper.serving, call.wrapper = outer, given
-        # A traceback keeps this frame, which must not keep the greenlet.
-        del call

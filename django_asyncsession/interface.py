@@ -18,14 +18,13 @@ from django.db.utils import ConnectionHandler
 
 from . import bridge, threadlocals
 from .backends.base import BridgedMixin, Secret, bridged_class, make_wrapper
-from .checkout import Source
 from .conf import settings
-from .connections import call_with
 from .exceptions import ConfigurationError, UnknownAlias
 from .pool import COUNTERS, Lease, Pool, PoolOptions
 from .session import Session
 from .shutdown import hold_back
-from .transaction import Transaction
+from .transactions.checkout import Source
+from .transactions.transaction import Transaction
 
 if TYPE_CHECKING:
     from .ddl import DDLSession
@@ -190,7 +189,7 @@ class DatabaseInterface:
     async def _open_connection(self) -> BridgedMixin:
         wrapper = make_wrapper(self.alias, self._settings_dict)
         try:
-            await threadlocals.run_apart(call_with, wrapper, wrapper.open)
+            await threadlocals.run_apart(wrapper, wrapper.open)
         except BaseException:
             # Connected, but not set up (a role that does not exist): nobody else would close it.
             bridge.discard(_close(wrapper))
@@ -366,7 +365,7 @@ os.register_at_fork(after_in_child=databases.forget_pools)
 
 
 async def _is_usable(wrapper: BridgedMixin) -> bool:
-    return await bridge.run(call_with, wrapper, wrapper.is_usable)
+    return await bridge.run_with(wrapper, wrapper.is_usable)
 
 
 def _close(wrapper: BridgedMixin) -> Awaitable[None] | None:

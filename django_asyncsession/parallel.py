@@ -34,7 +34,7 @@ from django.db.models.query import QuerySet, RawQuerySet
 from .exceptions import PoolError, SessionStateError
 from .queries import SelectQuery
 from .statements import locks, reading
-from .transaction import Transaction
+from .transactions.transaction import Transaction
 
 if TYPE_CHECKING:
     from .session import Session
@@ -173,7 +173,8 @@ class Gathering:
         if transaction is None:
             return await (self._alone if self._bind.is_shared else self._apart)()
         # Nobody else may end the transaction meanwhile, nor a read use this session by mistake.
-        async with transaction._turn():
+        mark = await transaction.take_turn()
+        try:
             self._refuse(transaction.changed)
             results = await self._in_transaction(transaction)
             if transaction.changed:
@@ -182,6 +183,8 @@ class Gathering:
                     f"{transaction.changed}; write in the session itself"
                 )
             return results
+        finally:
+            transaction.leave_turn(mark)
 
     async def _in_transaction(self, transaction: Transaction) -> list[Any]:
         if self._bind.is_shared:
@@ -208,7 +211,7 @@ class Gathering:
         self._refuse("in a function, or with the driver" if has_changed else "")
         if level not in ("repeatable read", "serializable"):
             return await self._apart_while_holding()
-        if level == "serializable" or transaction._blocks or transaction._savepoints:
+        if level == "serializable" or not transaction.levels.is_flat:
             return await self._alone()
         return await self._together(self._session, await _export(self._session))
 
@@ -326,7 +329,7 @@ def _is_cancelled() -> bool:
 
 
 def _state(transaction: Transaction) -> tuple[str, bool]:
-    wrapper = transaction._wrapper
+    wrapper = transaction.wrapper
     if not wrapper.in_atomic_block:
         # In a callback of the commit, where each statement is a transaction.
         return "", False
@@ -338,7 +341,7 @@ async def _export(session: Session) -> str:
 
     def export() -> str:
         assert session.transaction is not None
-        return session.transaction._wrapper.export_snapshot()
+        return session.transaction.wrapper.export_snapshot()
 
     return await session.run_alone(export)
 
@@ -349,6 +352,6 @@ async def _begin(session: Session, snapshot: str | None = None) -> None:
     def begin() -> None:
         if snapshot is not None:
             assert session.transaction is not None
-            session.transaction._wrapper.import_snapshot(snapshot)
+            session.transaction.wrapper.import_snapshot(snapshot)
 
     await session.run_alone(begin)

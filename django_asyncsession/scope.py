@@ -18,7 +18,7 @@ from .exceptions import SyncContextError
 from .interface import databases
 from .session import Session
 from .sessionset import SessionSet
-from .transaction import end_later
+from .transactions.transaction import end_later
 
 logger = logging.getLogger("django_asyncsession")
 

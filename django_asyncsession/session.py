@@ -11,6 +11,7 @@ from collections.abc import (
     Awaitable,
     Callable,
     Collection,
+    Coroutine,
     Iterable,
     Mapping,
     Sequence,
@@ -20,21 +21,22 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, Self, TypeVar
 from weakref import ref
 
+from django.db import connections
 from django.db.models import Model
 
 from . import parallel, rows, threadlocals
-from .blocks import Block
-from .checkout import Source, nothing_can_wait
+from .backends.base import TransactionOptions
 from .exceptions import SessionClosedError, SessionStateError
-from .executor import Params, State
-from .hooks import call_now
 from .pool import creation_site
 from .queries import DeleteQuery, InsertQuery, Related, SelectQuery, UpdateQuery
 from .results import BaseResultSet, Reader, Row
 from .statements import check_one_statement, split_script
 from .tables import RowTable, model_of
-from .transaction import Outcome, Transaction
-from .turns import check_loop
+from .transactions.blocks import Block
+from .transactions.checkout import Source, State, check_loop, nothing_can_wait
+from .transactions.hooks import call_now
+from .transactions.raw import Params
+from .transactions.transaction import Outcome, Transaction
 
 if TYPE_CHECKING:
     from django.http import HttpRequest, HttpResponse
@@ -50,9 +52,9 @@ class Companions(Protocol):
     async def run(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Call sync code with whichever connections it uses."""
 
-    async def run_on(
+    def run_on(
         self, alias: str, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs
-    ) -> T:
+    ) -> Coroutine[Any, Any, T]:
         """Call sync code with the connection of `alias`, and with others if it uses them."""
 
     def beside(self, session: Session) -> AbstractContextManager[None]:
@@ -103,14 +105,15 @@ class Session:
         self.alias = bind.alias
         self.autocommit = autocommit
         self.info: dict[str, Any] = {}
-        self._options: dict[str, Any] = {
-            "isolation": isolation,
-            "read_only": read_only,
-            "deferrable": deferrable,
-            "timeout": timeout,
-            "lock_timeout": lock_timeout,
-            "idle_timeout": idle_timeout,
-        }
+        # Options that cannot be are told here, not at the first statement.
+        self._options = TransactionOptions(
+            isolation=isolation,
+            read_only=read_only,
+            deferrable=deferrable,
+            timeout=timeout,
+            lock_timeout=lock_timeout,
+            idle_timeout=idle_timeout,
+        )
         self._begin_on_use = begin_on_use
         self._state = State.NEW
         self._site = creation_site()
@@ -122,8 +125,6 @@ class Session:
         # The transaction in progress; in autocommit mode only while `atomic()` is open.
         self._transaction: Transaction | None = None
         self._released = False
-        # Options that cannot be are told here, not at the first statement.
-        self._new_transaction()
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.alias!r} {self._describe()}>"
@@ -427,9 +428,9 @@ class Session:
             QueryTimeout: the server ended it by its timeout.
             Django's database errors.
         """
-        check_one_statement(sql)
-        async with self._working() as transaction:
+        if (transaction := self._going_on) is not None:
             return await transaction.execute(sql, params)
+        return await self._in_transaction(lambda transaction: transaction.execute(sql, params))
 
     async def execute_many(
         self, sql: Any, param_list: Iterable[Sequence[Any] | dict[str, Any]]
@@ -441,13 +442,12 @@ class Session:
         """
         check_one_statement(sql)
 
-        def execute_many(transaction: Transaction) -> int:
-            with transaction._wrapper.cursor() as cursor:
+        def execute_many() -> int:
+            with connections[self.alias].cursor() as cursor:
                 cursor.executemany(sql, list(param_list))
                 return int(cursor.rowcount)
 
-        async with self._working() as transaction:
-            return await transaction.run(execute_many, transaction)
+        return await self.run_alone(execute_many)
 
     async def execute_script(self, sql: str) -> None:
         """Run several statements, separated by semicolons, without values and without results.
@@ -456,15 +456,14 @@ class Session:
             Django's database errors.
         """
 
-        def execute_script(transaction: Transaction) -> None:
-            wrapper = transaction._wrapper
+        def execute_script() -> None:
+            wrapper: Any = connections[self.alias]
             statements = [sql] if wrapper.multiple_statements else split_script(sql)
             with wrapper.cursor() as cursor:
                 for statement in statements:
                     cursor.execute(statement)
 
-        async with self._working() as transaction:
-            await transaction.run(execute_script, transaction)
+        await self.run_alone(execute_script)
 
     async def cursor(self, sql: Any, params: Params = None) -> BaseResultSet:
         """Run one statement and return its result, to be fetched as asked.
@@ -472,12 +471,12 @@ class Session:
         Raises:
             As `execute`.
         """
-        check_one_statement(sql)
+        if (transaction := self._going_on) is not None:
+            return await transaction.cursor(sql, params)
         if not self._is_one_statement_mode:
             return await (await self._current()).cursor(sql, params)
-        async with self._working() as transaction:
-            # The connection goes back now, so the rows come along.
-            return await transaction.cursor_in_memory(sql, params)
+        # The connection goes back at once, so the rows come along.
+        return await self._in_transaction(lambda t: t.cursor_in_memory(sql, params))
 
     async def fetch(self, sql: Any, params: Params = None) -> Row | None:
         """The first row of the result, or None.
@@ -590,11 +589,15 @@ class Session:
 
     def _reader(self, isolation: str | None) -> Session:
         """A new session for reading beside this one."""
-        options = {**self._options, "read_only": True}
-        options["isolation"] = isolation or self._options["isolation"]
-        # It waits for the others while it has nothing to do.
-        options["deferrable"] = options["idle_timeout"] = None
-        reader = Session(self.bind, **options)
+        given = self._options
+        # Not `idle_timeout`: it waits for the others while it has nothing to do.
+        reader = Session(
+            self.bind,
+            isolation=isolation or given.isolation,
+            read_only=True,
+            timeout=given.timeout,
+            lock_timeout=given.lock_timeout,
+        )
         if self.contents is not None and reader.contents is not None:
             reader.contents.join(self.contents.copy())
         return reader
@@ -613,19 +616,27 @@ class Session:
             raise TypeError(
                 f"run_sync() calls sync functions, and {fn!r} is a coroutine function; await it"
             )
-        if self.companions is not None:
-            return await self.companions.run_on(self.alias, fn, *args, **kwargs)
-        return await self.run_alone(fn, *args, **kwargs)
+        return await self._run(fn, *args, **kwargs)
 
-    async def run_alone(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+    def _run(
+        self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs
+    ) -> Coroutine[Any, Any, T]:
+        if self.companions is not None:
+            return self.companions.run_on(self.alias, fn, *args, **kwargs)
+        return self.run_alone(fn, *args, **kwargs)
+
+    def run_alone(
+        self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs
+    ) -> Coroutine[Any, Any, T]:
         """As `run_sync`, without the sessions of other aliases that native mode begins.
 
         Raises:
             AliasNotInSession: `fn` uses another alias.
             Whatever `fn` raises.
         """
-        async with self._working() as transaction:
-            return await transaction.run(fn, *args, **kwargs)
+        if (transaction := self._going_on) is not None:
+            return transaction.run(fn, *args, **kwargs)
+        return self._in_transaction(lambda transaction: transaction.run(fn, *args, **kwargs))
 
     async def render(
         self,
@@ -653,9 +664,7 @@ class Session:
         # Importing sessions need not import the template engine.
         from django.shortcuts import render
 
-        return await self.run_sync(
-            render, request, template_name, context, content_type, status, using
-        )
+        return await self._run(render, request, template_name, context, content_type, status, using)
 
     async def driver_connection(self) -> Any:
         """The driver's own connection, for use inside `run_sync` while the transaction is open."""
@@ -695,11 +704,16 @@ class Session:
         Raises:
             As `run_sync`.
         """
-        async with self._working() as transaction:
-            block = transaction._innermost
+
+        def run(transaction: Transaction) -> Coroutine[Any, Any, T]:
+            block = transaction.levels.innermost
             write = rows.Write((ref(transaction), block and ref(block)))
             transaction.on_rollback(write.undo)
-            return await transaction.run(fn, *args, write)
+            return transaction.run(fn, *args, write)
+
+        if (transaction := self._going_on) is not None:
+            return await run(transaction)
+        return await self._in_transaction(run)
 
     async def insert_now(self, row: M) -> M:
         """INSERT the row, whether or not it was loaded.
@@ -747,7 +761,7 @@ class Session:
             ValueError: the row has no primary key.
             Django's database errors.
         """
-        return await self.run_sync(rows.remove, row, self.alias)
+        return await self._run(rows.remove, row, self.alias)
 
     async def refresh(self, row: M, fields: Collection[Any] | None = None) -> M:
         """Read the row's loaded fields, or the given ones, from the database again.
@@ -755,7 +769,7 @@ class Session:
         Raises:
             RowNotFound: the row is gone.
         """
-        await self.run_sync(rows.refresh, row, fields, self.alias)
+        await self._run(rows.refresh, row, fields, self.alias)
         return row
 
     async def load(self, given: M | Iterable[M], *paths: Any) -> None:
@@ -766,7 +780,7 @@ class Session:
             AttributeError: the model has no such relation or field.
         """
         every = [given] if isinstance(given, Model) else list(given)
-        await self.run_sync(rows.load, every, paths, self.alias)
+        await self._run(rows.load, every, paths, self.alias)
 
     def related(self, row: Model) -> Related:
         """The relations of a row: `await session.related(book).tags.add(tag)`."""
@@ -774,7 +788,7 @@ class Session:
 
     async def get(self, model: type[M] | RowTable[M], pk: Any) -> M | None:
         """The row with this primary key, or None."""
-        return await self.run_sync(rows.get, model_of(model), pk, self.alias)
+        return await self._run(rows.get, model_of(model), pk, self.alias)
 
     async def get_one(self, model: type[M] | RowTable[M], pk: Any) -> M:
         """The row with this primary key.
@@ -782,7 +796,7 @@ class Session:
         Raises:
             The model's DoesNotExist.
         """
-        return await self.run_sync(rows.get_one, model_of(model), pk, self.alias)
+        return await self._run(rows.get_one, model_of(model), pk, self.alias)
 
     # Queries
 
@@ -835,10 +849,10 @@ class Session:
 
         model = model_of(source)
 
-        def truncate(transaction: Transaction) -> None:
+        def truncate() -> None:
             from django.core.management.color import no_style
 
-            wrapper = transaction._wrapper
+            wrapper = connections[self.alias]
             wrapper.ops.execute_sql_flush(
                 wrapper.ops.sql_flush(
                     no_style(),
@@ -848,8 +862,7 @@ class Session:
                 )
             )
 
-        async with self._working() as transaction:
-            await transaction.run(truncate, transaction)
+        await self.run_alone(truncate)
 
     # Inside
 
@@ -860,7 +873,7 @@ class Session:
             autocommit=mode,
             site=self._site,
             contents=self.contents,
-            **self._options,
+            options=self._options,
         )
 
     @property
@@ -869,16 +882,23 @@ class Session:
         transaction = self._transaction
         return self.autocommit and (transaction is None or transaction.is_over_elsewhere)
 
-    @asynccontextmanager
-    async def _working(self) -> AsyncIterator[Transaction]:
-        """The transaction to run one statement in: the session's, or in autocommit mode a
-        connection of its own."""
+    @property
+    def _going_on(self) -> Transaction | None:
+        """The transaction in progress, if nobody is about to end it; its own guard does the
+        rest."""
+        transaction = self._transaction
+        if transaction is None or transaction.is_ending or self._released:
+            return None
+        return transaction if transaction.state is State.OPEN else None
+
+    async def _in_transaction(self, use: Callable[[Transaction], Coroutine[Any, Any, T]]) -> T:
+        """Await what `use` makes of the transaction: the session's, begun now if need be, or in
+        autocommit mode one of its own."""
         if not self._is_one_statement_mode:
-            yield await self._current()
-            return
+            return await use(await self._current())
         self._check_begun()
         async with self._new_transaction() as transaction:
-            yield transaction
+            return await use(transaction)
 
     async def _current(self) -> Transaction:
         """The transaction in progress; begun now if the last one has ended."""
@@ -892,8 +912,8 @@ class Session:
         """The transaction in progress, once those that another task ends have ended: who comes
         after a commit goes on in the next transaction."""
         while (transaction := self._transaction) is not None and transaction.is_over_elsewhere:
-            async with transaction._turns:
-                pass
+            await transaction.turn.enter()
+            transaction.turn.leave()
             self._check_begun()
             if self._transaction is transaction and transaction.state is State.CLOSED:
                 self._forget(transaction)

@@ -20,12 +20,12 @@ from greenlet import getcurrent, greenlet
 
 from . import bridge
 from .backends.base import BridgedMixin
-from .checkout import taken
 from .conf import settings
 from .exceptions import SessionClosedError, SessionInUseError
 from .interface import databases
 from .pool import task_name
 from .session import Session
+from .transactions.checkout import taken
 
 logger = logging.getLogger("django_asyncsession")
 

@@ -24,8 +24,6 @@ from django.db.transaction import TransactionManagementError
 from . import bridge
 from .backends.base import BridgedMixin, TransactionState, make_wrapper
 from .backends.shared import END_SECONDS, TURN_SECONDS, Exclusive, SharedMixin, over, shared_class
-from .checkout import taken
-from .connections import call_with
 from .exceptions import (
     ConfigurationError,
     PoolTimeout,
@@ -34,6 +32,7 @@ from .exceptions import (
 )
 from .interface import IDENTITY, DatabaseInterface, databases
 from .pool import Lease, Pool, creation_site, task_name
+from .transactions.checkout import taken
 
 
 class SharedLease(Lease[BridgedMixin]):
@@ -49,6 +48,7 @@ class SharedLease(Lease[BridgedMixin]):
         # The session's savepoint, until it is rolled back.
         self.sid: str | None = None
         self.autocommit = False
+        self.changed = ""
         self.since, self.token = time.monotonic(), object()
         self.site = self.made_at = creation_site()
         self.task, self.owner = task_name(), asyncio.current_task()
@@ -65,7 +65,7 @@ class SharedLease(Lease[BridgedMixin]):
         """End the session's savepoint, if it is open, and the turn."""
         try:
             if self._is_unfinished:
-                await bridge.run(call_with, self.connection, self._end)
+                await bridge.run_with(self.connection, self._end)
         finally:
             self.release()
 

@@ -25,15 +25,14 @@ from django.test import TestCase, TransactionTestCase
 
 from . import bridge
 from .backends.base import BridgedMixin
-from .checkout import Source
 from .conf import settings
 from .exceptions import ConfigurationError
-from .executor import State
 from .interface import DatabaseInterface, databases
 from .pool import Lease
 from .session import Session
 from .sharing import RealSessions, SharedSource, Sharing
-from .transaction import Transaction
+from .transactions.checkout import Source, State
+from .transactions.transaction import Transaction
 
 if TYPE_CHECKING:
     _TestCase = TransactionTestCase
@@ -71,7 +70,9 @@ class OwnSession(Session):
     def _new_transaction(self, autocommit: bool | None = None) -> Transaction:
         mode = self.autocommit if autocommit is None else autocommit
         source = _Lending(self.bind)
-        return Transaction(source, autocommit=mode, site=self._site, **self._options)
+        return Transaction(
+            source, autocommit=mode, site=self._site, contents=self.contents, options=self._options
+        )
 
     def end(self) -> None:
         """Roll back and close without awaiting, whether or not the loop is closed."""

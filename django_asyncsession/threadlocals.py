@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -74,8 +74,24 @@ class Contents:
         if self._joined is self and self._task is None:
             self._values = None
 
-    async def run(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+    def run(
+        self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs
+    ) -> Coroutine[Any, Any, T]:
         """As `bridge.run`, with these contents wherever `fn` runs.
+
+        Raises:
+            Whatever `fn` raises.
+        """
+        return self.run_with(None, fn, args, kwargs)
+
+    async def run_with(
+        self,
+        wrapper: Any,
+        fn: Callable[..., T],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> T:
+        """As `bridge.run_with`, with these contents wherever `fn` runs.
 
         Raises:
             Whatever `fn` raises.
@@ -83,12 +99,14 @@ class Contents:
         contents, task = self._joined, asyncio.current_task()
         if contents._task is task:
             # Inside a call, which waits for this one.
-            return await bridge.run_in(partial(_Swapping, contents), fn, args, kwargs)
+            made_by = partial(_Swapping, contents)
+            return await bridge.run_with(wrapper, fn, args, kwargs, made_by=made_by)
         if contents._task is not None:
             contents = contents.copy()
         contents._task, contents._before = task, _copied(contents._values)
         try:
-            return await bridge.run_in(partial(_Swapping, contents), fn, args, kwargs)
+            made_by = partial(_Swapping, contents)
+            return await bridge.run_with(wrapper, fn, args, kwargs, made_by=made_by)
         finally:
             contents._task = contents._before = None
 
@@ -161,11 +179,10 @@ def new() -> Contents | None:
     return Contents(found) if found else None
 
 
-async def run_apart(fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-    """As `bridge.run`, for code that belongs to no session."""
+async def run_apart(wrapper: Any, fn: Callable[[], T]) -> T:
+    """As `bridge.run_with`, for code that belongs to no session."""
     contents = new()
-    run = bridge.run if contents is None else contents.run
-    return await run(fn, *args, **kwargs)
+    return await (bridge if contents is None else contents).run_with(wrapper, fn)
 
 
 class _Found:

@@ -177,7 +177,7 @@ async def test_without_a_savepoint_an_error_spoils_the_outer_block(
 async def test_a_block_without_a_savepoint_cannot_be_rolled_back_by_hand(
     real_database: DatabaseInterface,
 ) -> None:
-    from django_asyncsession.blocks import Block
+    from django_asyncsession.transactions.blocks import Block
 
     async with real_database.get_session() as session:
         assert session.transaction is not None

@@ -20,9 +20,9 @@ ROOT = Path(django_asyncsession.__file__).parent
 LAYERS = [
     {"exceptions", "conf", "signals", "scanner", "shutdown"},
     {"bridge", "results", "columns", "statements", "threadlocals"},
-    {"tables", "backends", "connections", "pool", "queries", "rows", "writes", "turns"},
-    {"checkout", "hooks", "blocks", "executor"},
-    {"transaction", "parallel"},
+    {"tables", "backends", "connections", "pool", "queries", "rows", "writes"},
+    {"transactions"},
+    {"parallel"},
     {"session"},
     {"ddl"},
     {"interface"},

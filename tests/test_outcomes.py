@@ -13,7 +13,7 @@ from django.db.transaction import TransactionManagementError
 
 from django_asyncsession import DatabaseInterface, databases
 from django_asyncsession.exceptions import CommitUnknown, ConfigurationError, QueryTimeout
-from django_asyncsession.transaction import Outcome
+from django_asyncsession.transactions.transaction import Outcome
 from tests.faults import outcome_of, watchdog
 from tests.sessions import INSERT, behind, names, slow, soon
 

@@ -38,7 +38,6 @@ from django.db.utils import load_backend
 
 from django_asyncsession import DatabaseInterface, Session, bridge, databases
 from django_asyncsession.backends.base import BridgedMixin
-from django_asyncsession.connections import call_with
 from django_asyncsession.exceptions import PoolError, SessionClosedError
 from tests.faults import (
     SERVER,
@@ -502,7 +501,7 @@ async def test_our_engine_awaits_in_the_bridge_although_nobody_pooled_it() -> No
     try:
         async with LoopProbe() as probe:
             # Receivers of connection_created ask for the connection of the alias.
-            await bridge.run(call_with, wrapper, use)
+            await bridge.run_with(wrapper, use)
         assert probe.worst < 0.1
     finally:
         await bridge.run(wrapper.close)

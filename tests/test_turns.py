@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
@@ -25,7 +25,8 @@ from django_asyncsession import (
     WrongLoopError,
     bridge,
 )
-from django_asyncsession.turns import Turns, check_loop
+from django_asyncsession.transactions.checkout import check_loop
+from django_asyncsession.transactions.turn import Turn, inside
 from tests.faults import Elapsed, LoopProbe, outcome_of, watchdog
 from tests.models import User
 from tests.sessions import COUNT, INSERT, names, pool, slow, whole
@@ -40,58 +41,82 @@ def _never_frozen() -> Iterator[None]:
 # The queue alone
 
 
+@contextlib.asynccontextmanager
+async def taken(turn: Turn) -> AsyncIterator[None]:
+    await turn.enter()
+    try:
+        yield
+    finally:
+        turn.leave()
+
+
 async def test_turns_are_given_in_the_order_of_asking() -> None:
-    turns, order = Turns("default"), []
+    turn, order = Turn("default"), []
 
     async def take(name: str) -> None:
-        async with turns:
+        async with taken(turn):
             await asyncio.sleep(0)
             order.append(name)
 
     await asyncio.gather(*(take(name) for name in "abcde"))
     assert order == list("abcde")
-    assert turns.task is None
+    assert turn.task is None
+
+
+async def test_nobody_comes_between_the_one_that_leaves_and_the_next_that_waits() -> None:
+    turn, order = Turn("default"), []
+
+    async def take(name: str) -> None:
+        async with taken(turn):
+            order.append(name)
+
+    async with taken(turn):
+        waiting = asyncio.create_task(take("first"))
+        await asyncio.sleep(0)
+    late = asyncio.create_task(take("late"))
+    assert not turn.take(late)
+    await asyncio.gather(waiting, late)
+    assert order == ["first", "late"]
 
 
 async def test_the_task_that_has_the_turn_may_come_again() -> None:
-    turns = Turns("default")
-    async with turns, turns:
-        async with turns:
-            assert turns.task is asyncio.current_task()
-        assert turns.task is asyncio.current_task()
-    assert turns.task is None
+    turn = Turn("default")
+    async with taken(turn), taken(turn):
+        async with taken(turn):
+            assert turn.task is asyncio.current_task()
+        assert turn.task is asyncio.current_task()
+    assert turn.task is None
 
 
 async def test_a_cancelled_waiter_hands_the_turn_on() -> None:
-    turns, order = Turns("default"), []
+    turn, order = Turn("default"), []
 
     async def take(name: str) -> None:
-        async with turns:
+        async with taken(turn):
             order.append(name)
 
-    async with turns:
+    async with taken(turn):
         waiters = [asyncio.create_task(take(name)) for name in "abc"]
         await asyncio.sleep(0)
         waiters[0].cancel()
     waiters[1].cancel()
     await asyncio.wait(waiters)
     assert order == ["c"]
-    assert turns.task is None
+    assert turn.task is None
 
 
 async def test_a_child_task_inside_the_turn_is_refused_instead_of_waiting_for_ever() -> None:
-    turns = Turns("default")
+    turn = Turn("default")
 
     async def take() -> None:
-        async with turns:
+        async with taken(turn):
             raise AssertionError("entered")
 
-    async with turns:
-        token = turns.held()
+    async with taken(turn):
+        inside.set((turn.mark,))
         child = asyncio.create_task(take(), name="child")
         with pytest.raises(SessionInUseError, match="task 'child' uses the session of 'default'"):
             await child
-        del token
 
 
 def test_without_a_loop_or_in_another_one_the_error_names_both() -> None:
@@ -274,12 +299,13 @@ async def test_a_background_task_begun_in_a_sync_call_may_use_the_session_later(
 async def test_the_late_statement_of_a_gather_that_failed_is_refused(
     real_database: DatabaseInterface,
 ) -> None:
+    ended = asyncio.Event()
+
     async def fails() -> None:
-        await asyncio.sleep(0.01)
         raise ZeroDivisionError
 
     async def late() -> None:
-        await asyncio.sleep(0.05)
+        await ended.wait()
         await session.execute(INSERT, ["late"])
 
     late_task = asyncio.create_task(late())
@@ -287,6 +313,7 @@ async def test_the_late_statement_of_a_gather_that_failed_is_refused(
         async with real_database.get_session() as session:
             await session.execute(INSERT, ["a"])
             await asyncio.gather(fails(), late_task)
+    ended.set()
     with pytest.raises(SessionClosedError):
         await late_task
     assert await names(real_database) == []

@@ -56,6 +56,8 @@ class Holder(Protocol):
     autocommit: bool
     # How many savepoints and blocks were open before it.
     depth: tuple[int, int]
+    # The first word of its first statement that did more than read.
+    changed: str
 
 
 class Exclusive:
@@ -182,6 +184,16 @@ class SharedMixin(BridgedMixin):
     @savepoint_ids.setter
     def savepoint_ids(self, sids: Iterable[Any]) -> None:
         self._savepoint_ids = _SavepointIds(self, sids)
+
+    @property
+    def changed(self) -> str:
+        """What the innermost session's statements did but read."""
+        return "" if self.current is None else self.current.changed
+
+    @changed.setter
+    def changed(self, change: str) -> None:
+        if self.current is not None:
+            self.current.changed = change
 
     @property
     def is_in_test_case(self) -> bool:

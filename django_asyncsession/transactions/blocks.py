@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Self
 
 from django.db.transaction import Atomic, TransactionManagementError
 
-from .backends.base import BridgedMixin
+from django_asyncsession.exceptions import SessionStateError
+from django_asyncsession.statements import check_savepoint_name
+
 from .checkout import CLEANUP_BUDGET, nothing_can_wait
-from .exceptions import SessionStateError
-from .statements import check_savepoint_name
 
 if TYPE_CHECKING:
     from .transaction import Transaction
@@ -51,24 +51,24 @@ class Block:
 
     async def __aenter__(self) -> Self:
         transaction = self._transaction
-        if self in transaction._blocks:
+        if self in transaction.levels:
             raise SessionStateError(
                 f"this block of {transaction.alias!r} is entered already; begin another one in it"
             )
         self.task, self.rollback_wanted = asyncio.current_task(), False
-        async with transaction._turn():
-            await transaction._serve(lambda: self._enter(transaction._wrapper))
-            transaction._blocks.append(self)
+        await transaction.run(self._enter)
         return self
 
-    def _enter(self, wrapper: BridgedMixin) -> None:
+    def _enter(self) -> None:
         """Create the savepoint; called in the bridge."""
+        wrapper = self._transaction.wrapper
         wrapper.savepoint_named(self.name)
         try:
             self._atomic.__enter__()
         finally:
             wrapper.savepoint_named(None)
         self.sid = wrapper.savepoint_ids[-1] if wrapper.savepoint_ids else None
+        self._transaction.open_block(self)
 
     async def __aexit__(
         self,
@@ -77,15 +77,18 @@ class Block:
         traceback: TracebackType | None,
     ) -> None:
         transaction = self._transaction
-        if self not in transaction._blocks:
+        if self not in transaction.levels:
             return  # the whole transaction ended meanwhile
         if nothing_can_wait():
             transaction.abandon()
             return
         try:
-            async with transaction._turn():
-                self._check_innermost("end")
+            mark = await transaction.take_turn()
+            try:
+                transaction.levels.check_innermost(self, "end")
                 await self._leave(exc)
+            finally:
+                transaction.leave_turn(mark)
         except SessionStateError:
             if exc is None:
                 raise
@@ -93,8 +96,8 @@ class Block:
             logger.warning("a block of %r was not left in order", transaction.alias, exc_info=True)
         except BaseException:
             # Cancelled while it waited for its turn: nothing of the transaction may be saved.
-            if self in transaction._blocks:
-                transaction._lose_from(self)
+            if self in transaction.levels:
+                transaction.lose_block(self)
             raise
 
     async def rollback(self) -> None:
@@ -104,25 +107,28 @@ class Block:
             SessionStateError: the block has no savepoint, or is not the innermost one.
         """
         transaction = self._transaction
-        async with transaction._turn():
-            self._check_innermost("roll back")
-            if (sid := self.sid) is None:
+        mark = await transaction.take_turn()
+        try:
+            transaction.levels.check_innermost(self, "roll back")
+            if self.sid is None:
                 raise SessionStateError(
                     f"cannot roll back a block of {transaction.alias!r} that has no savepoint; "
                     "raise an error to roll back the outer one"
                 )
-            await transaction._serve(lambda: transaction._send_rollback_to(sid))
+            await transaction.call(transaction.send_rollback_to, (self.sid,))
             self.rollback_wanted = False
-            await transaction._hooks.rolled_back(self)
+            await transaction.hooks.rolled_back(self)
+        finally:
+            transaction.leave_turn(mark)
 
     async def _leave(self, error: BaseException | None) -> None:
-        transaction, hooks = self._transaction, self._transaction._hooks
-        transaction._pop_block()
-        outer, self.task = transaction._innermost, None
-        if transaction._checkout.is_lost:
+        transaction, hooks = self._transaction, self._transaction.hooks
+        transaction.close_block()
+        outer, self.task = transaction.levels.innermost, None
+        if transaction.is_lost:
             hooks.pass_on(self, outer)
             return
-        wrapper = transaction._wrapper
+        wrapper = transaction.wrapper
         cause, failed = wrapper.rollback_exc, error is not None or wrapper.needs_rollback
         wanted = self.rollback_wanted or wrapper.is_rollback_wanted
         if failed and self.sid is not None:
@@ -130,7 +136,7 @@ class Block:
         else:
             # Without a savepoint, what was done is undone with the outer block, if at all.
             hooks.pass_on(self, outer)
-            await transaction._serve(lambda: self._exit(error))
+            await transaction.call(self._exit, (error,))
         if failed and error is None and self._is_strict and not wanted:
             raise TransactionManagementError(
                 f"an error in the nested block of {transaction.alias!r} was swallowed, so the "
@@ -140,20 +146,13 @@ class Block:
     async def _undo(self, error: BaseException | None) -> None:
         transaction = self._transaction
         try:
-            await transaction._serve(lambda: self._exit(error), budget=CLEANUP_BUDGET)
+            await transaction.call_within(CLEANUP_BUDGET, lambda: self._exit(error))
         except Exception:
             if error is None:
                 raise
             logger.exception("error ignored while rolling back a block of %r", transaction.alias)
-        await transaction._hooks.rolled_back(self)
+        await transaction.hooks.rolled_back(self)
 
     def _exit(self, error: BaseException | None) -> None:
         """Release the savepoint, or roll back to it; called in the bridge."""
         self._atomic.__exit__(type(error) if error else None, error, None)
-
-    def _check_innermost(self, what: str) -> None:
-        if self._transaction._innermost is not self:
-            raise SessionStateError(
-                f"cannot {what} a block of {self._transaction.alias!r} that is not the innermost "
-                "one; leave the inner one first"
-            )

@@ -8,20 +8,22 @@ import enum
 import logging
 from collections.abc import Awaitable, Callable, Coroutine
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 from django.db import Error
 from django.db.transaction import Atomic, TransactionManagementError
 
-from .backends.base import BridgedMixin, TransactionState
+from django_asyncsession.backends.base import BridgedMixin, TransactionOptions, TransactionState
+from django_asyncsession.exceptions import CommitUnknown, SessionClosedError, SessionStateError
+from django_asyncsession.pool import creation_site
+from django_asyncsession.statements import check_savepoint_name
+from django_asyncsession.threadlocals import Contents
+
 from .blocks import Block
-from .checkout import CLEANUP_BUDGET, Source, cancels, nothing_can_wait
-from .exceptions import CommitUnknown, SessionClosedError, SessionStateError
-from .executor import Executor, State
+from .checkout import CLEANUP_BUDGET, Source, State, cancels, check_loop, nothing_can_wait
 from .hooks import Hooks, call_waiting
-from .statements import check_savepoint_name
-from .threadlocals import Contents
-from .turns import Turns, check_loop
+from .levels import Levels
+from .raw import RawSQL
 
 logger = logging.getLogger("django_asyncsession")
 
@@ -34,15 +36,7 @@ class Outcome(enum.Enum):
     UNKNOWN = "unknown"
 
 
-class Savepoint(NamedTuple):
-    """A savepoint made by name: how deep in blocks, and which callbacks are older."""
-
-    name: str
-    depth: int
-    mark: tuple[int, int]
-
-
-class Transaction(Executor):
+class Transaction(RawSQL):
     """One transaction on one connection, which is leased when the first statement runs.
 
     Args:
@@ -50,6 +44,7 @@ class Transaction(Executor):
         autocommit: True: no transaction at all, each statement commits by itself.
         site: where the session was made, for messages; None takes the caller's place.
         contents: of the thread-locals that sync code finds; None leaves them alone.
+        options: those that follow, checked already.
         isolation, read_only, deferrable: what BEGIN says; None leaves the database's default.
         timeout, lock_timeout, idle_timeout: seconds that a statement, a wait for a lock, or the
             pause between two
@@ -66,25 +61,35 @@ class Transaction(Executor):
         autocommit: bool = False,
         site: str | None = None,
         contents: Contents | None = None,
-        **options: Any,
+        options: TransactionOptions | None = None,
+        **given: Any,
     ) -> None:
-        super().__init__(database, autocommit=autocommit, site=site, contents=contents, **options)
+        super().__init__(
+            database,
+            autocommit=autocommit,
+            options=TransactionOptions(**given) if options is None else options,
+            site=creation_site() if site is None else site,
+            contents=contents,
+        )
         self.outcome: Outcome | None = None
         self._begun_by: tuple[asyncio.Task[Any] | None, int] = (None, 0)
-        self._hooks = Hooks()
+        self.hooks = Hooks()
+        self.levels: Levels[Block] = Levels(self.alias)
         self._atomic: Atomic | None = None
-        self._savepoints: list[Savepoint] = []
+        # The task that alone may use it, when no block is open.
+        self._own_task: asyncio.Task[Any] | None = None
         # Of Django's blocks on the connection, with this transaction's own.
         self._depth = 0, 0
         self._rollback_wanted = self._finishing = False
-        self._ending = False
+        # Somebody commits or rolls back.
+        self.is_ending = False
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.alias!r} {self.describe()}>"
 
     def describe(self) -> str:
         """The state in words."""
-        blocks = len(self._blocks)
+        blocks = len(self.levels)
         if not blocks:
             return self.state.value
         return f"{self.state.value}, {blocks} savepoint{'s' if blocks > 1 else ''}"
@@ -113,14 +118,13 @@ class Transaction(Executor):
         """Begin without awaiting, which is possible because BEGIN is sent with the first
         statement."""
         self._loop = asyncio.get_running_loop()
-        self._turns = Turns(self.alias)
         self._begun_by = (asyncio.current_task(), cancels())
         self.state = State.OPEN
         return self
 
     def own(self) -> None:
         """Refuse every task but the current one, as a nested block does."""
-        self._owner = asyncio.current_task()
+        self.owner = self._own_task = asyncio.current_task()
 
     async def commit(self) -> None:
         """Commit, run the `on_commit` callbacks, and give the connection back.
@@ -150,19 +154,22 @@ class Transaction(Executor):
             await self._finish("rollback()", self._rollback)
 
     async def _finish(self, what: str, how: Callable[[], Awaitable[None]]) -> None:
-        self._ending = True
+        self.is_ending = True
         try:
-            async with self._turn():
+            mark = await self.take_turn()
+            try:
                 self._check_not_finishing(what)
                 self._check_not_in_call(what)
-                self._check_no_block(what)
+                self.levels.check_flat(what)
                 self._finishing = True
                 try:
                     await how()
                 finally:
                     await self._end()
+            finally:
+                self.leave_turn(mark)
         finally:
-            self._ending = False
+            self.is_ending = False
 
     async def close(self, *, has_error: bool = False) -> None:
         """Roll back what is not committed and give the connection back; closing twice does
@@ -182,7 +189,7 @@ class Transaction(Executor):
         self.state = State.CLOSED
         self._stop_call_of_another_task()
         try:
-            await self._turns.__aenter__()
+            await self.turn.enter()
         except GeneratorExit:
             self.abandon()
             raise
@@ -194,7 +201,7 @@ class Transaction(Executor):
         try:
             await self._close_now()
         finally:
-            await self._turns.__aexit__()
+            self.turn.leave()
 
     def check_may_close(self) -> None:
         """Refuse to close in a callback of the end, which closes by itself.
@@ -202,22 +209,25 @@ class Transaction(Executor):
         Raises:
             SessionStateError: this is such a callback.
         """
-        if self._finishing and self._turns.task is asyncio.current_task():
+        if self._finishing and self.turn.task is asyncio.current_task():
             self._check_not_finishing("close()")
 
     @property
     def is_over_elsewhere(self) -> bool:
         """Whether another task ends it, so that whoever comes now has to go on without it."""
-        over = self._ending or self.state is State.CLOSED
-        return over and self._turns.task is not asyncio.current_task()
+        over = self.is_ending or self.state is State.CLOSED
+        return over and self.turn.task is not asyncio.current_task()
 
     async def _close_in_turn(self) -> None:
-        async with self._turns:
+        await self.turn.enter()
+        try:
             await self._close_now()
+        finally:
+            self.turn.leave()
 
     async def _close_now(self) -> None:
         try:
-            if self._checkout.is_taken:
+            if self.is_taken:
                 await self._rollback(quietly=True)
             elif self.outcome is None:
                 self.outcome = Outcome.ROLLED_BACK
@@ -228,8 +238,8 @@ class Transaction(Executor):
         """A call that another task still has running (a sibling in `gather`) ends with
         SessionClosedError."""
         # A COMMIT on its way is waited for: cut, nobody would know whether it is saved.
-        if not self._finishing and self._turns.task is not asyncio.current_task():
-            self._checkout.stop(
+        if not self._finishing and self.turn.task is not asyncio.current_task():
+            self.stop(
                 SessionClosedError(
                     f"the session of {self.alias!r} made at {self._site} was closed while this "
                     "call was running"
@@ -241,15 +251,10 @@ class Transaction(Executor):
         closed, where nothing can wait."""
         self.state = State.CLOSED
         self.outcome = self.outcome or Outcome.ROLLED_BACK
-        self._blocks.clear()
-        self._hooks.forget()
-        self._begun_by, self._owner = (None, 0), None
-        self._checkout.abandon()
-
-    @property
-    def holds_connection(self) -> bool:
-        """Whether a connection is taken from the pool."""
-        return self._checkout.is_held
+        self.levels.clear()
+        self.hooks.forget()
+        self._begun_by, self.owner, self._own_task = (None, 0), None, None
+        self.close_connection()
 
     async def __aenter__(self) -> Self:
         return await self.begin()
@@ -275,10 +280,12 @@ class Transaction(Executor):
             ValueError: a name with quotes, or longer than 63 bytes.
         """
         check_savepoint_name(name)
-        async with self._turn():
-            await self._serve(lambda: self._wrapper._savepoint(name))
-            mark = self._hooks.mark(self._wrapper)
-            self._savepoints.append(Savepoint(name, len(self._blocks), mark))
+
+        def create() -> None:
+            self.wrapper._savepoint(name)
+            self.levels.add(name, self.hooks.mark(self.wrapper))
+
+        await self.run(create)
 
     async def release_savepoint(self, name: str) -> None:
         """Release a savepoint, keeping what was done since.
@@ -288,46 +295,41 @@ class Transaction(Executor):
             SessionStateError: a nested block that began later is open.
         """
         check_savepoint_name(name)
-        async with self._turn():
-            savepoint = self._find_savepoint(name)
-            await self._serve(lambda: self._wrapper._savepoint_commit(name))
+
+        def release() -> None:
+            savepoint = self.levels.find(name)
+            self.wrapper._savepoint_commit(name)
             if savepoint is not None:
-                del self._savepoints[self._savepoints.index(savepoint) :]
+                self.levels.release(savepoint)
+
+        await self.run(release)
 
     async def _rollback_to(self, name: str) -> None:
         check_savepoint_name(name)
-        for block in self._blocks:
+        for block in self.levels:
             if block.sid == name:
                 await block.rollback()
                 return
-        async with self._turn():
-            savepoint = self._find_savepoint(name)
-            await self._serve(lambda: self._send_rollback_to(name))
+        mark = await self.take_turn()
+        try:
+            savepoint = self.levels.find(name)
+            await self.call(self.send_rollback_to, (name,))
             if savepoint is not None:
-                del self._savepoints[self._savepoints.index(savepoint) + 1 :]
-                await self._hooks.rolled_back_to(savepoint.mark, self._wrapper)
+                self.levels.go_back_to(savepoint)
+                await self.hooks.rolled_back_to(savepoint.mark, self.wrapper)
+        finally:
+            self.leave_turn(mark)
 
-    def _send_rollback_to(self, sid: str) -> None:
-        wrapper = self._wrapper
+    def send_rollback_to(self, sid: str) -> None:
+        """Roll back to a savepoint; called in the bridge."""
+        wrapper = self.wrapper
         failed, wrapper.needs_rollback = wrapper.needs_rollback, False
         try:
             wrapper.savepoint_rollback(sid)
         except BaseException:
             wrapper.needs_rollback = failed
             raise
-        wrapper.needs_rollback = self._rollback_wanted and not self._blocks
-
-    def _find_savepoint(self, name: str) -> Savepoint | None:
-        """The latest savepoint of this name; None when SQL made it."""
-        for savepoint in reversed(self._savepoints):
-            if savepoint.name == name:
-                if savepoint.depth < len(self._blocks):
-                    raise SessionStateError(
-                        f"savepoint {name!r} of {self.alias!r} is outside the open nested block; "
-                        "leave the block first"
-                    )
-                return savepoint
-        return None
+        wrapper.needs_rollback = self._rollback_wanted and not self.levels
 
     # Callbacks and the rollback flag
 
@@ -341,9 +343,9 @@ class Transaction(Executor):
         Raises:
             TypeError: `func` cannot be called.
         """
-        self._check_owner()
-        begun = self._atomic is not None and self._checkout.is_taken
-        self._hooks.on_commit(func, robust, self._wrapper if begun else None)
+        self.check_owner()
+        begun = self._atomic is not None and self.is_taken
+        self.hooks.on_commit(func, robust, self.wrapper if begun else None)
 
     def on_rollback(self, func: Callable[[], Any]) -> None:
         """Call `func`, or await it, once what was done in the current block is rolled back.
@@ -354,47 +356,47 @@ class Transaction(Executor):
         Raises:
             TypeError: `func` cannot be called.
         """
-        self._check_owner()
-        self._hooks.on_rollback(func, self._innermost)
+        self.check_owner()
+        self.hooks.on_rollback(func, self.levels.innermost)
 
     def set_rollback(self, rollback: bool) -> None:
         """Say that the innermost block shall be rolled back at its end, or take that back."""
-        self._check_owner()
-        if self._innermost is None:
+        self.check_owner()
+        if (block := self.levels.innermost) is None:
             self._rollback_wanted = rollback
         else:
-            self._innermost.rollback_wanted = rollback
-        if self._checkout.is_taken:
-            self._wrapper.set_rollback(rollback)
+            block.rollback_wanted = rollback
+        if self.is_taken:
+            self.wrapper.set_rollback(rollback)
 
     def get_rollback(self) -> bool:
         """Whether the innermost block will be rolled back at its end."""
-        if not self._checkout.is_taken:
+        if not self.is_taken:
             return self._rollback_wanted
-        return bool(self._wrapper.get_rollback())
+        return bool(self.wrapper.get_rollback())
 
     # Inside
 
-    def _check_no_block(self, what: str) -> None:
-        if self._blocks:
-            raise SessionStateError(
-                f"{what} inside a nested block of {self.alias!r}; leave the block, or roll back "
-                "to its savepoint"
-            )
+    def open_block(self, block: Block) -> None:
+        """A nested block begins, of the current task."""
+        self.levels.open(block)
+        self.owner = block.task
 
-    @property
-    def _innermost(self) -> Block | None:
-        return self._blocks[-1] if self._blocks else None
+    def close_block(self) -> None:
+        """The innermost block ends."""
+        self.levels.close()
+        self._set_owner()
 
-    def _pop_block(self) -> None:
-        self._blocks.pop()
-        self._savepoints = [s for s in self._savepoints if s.depth <= len(self._blocks)]
-
-    def _lose_from(self, block: Block) -> None:
+    def lose_block(self, block: Block) -> None:
         """A block could not be left, so nothing of the transaction may be saved."""
-        del self._blocks[self._blocks.index(block) :]
-        if self._checkout.is_taken:
-            self._wrapper.abandon()
+        self.levels.lose(block)
+        self._set_owner()
+        if self.is_taken:
+            self.wrapper.abandon()
+
+    def _set_owner(self) -> None:
+        block = self.levels.innermost
+        self.owner = self._own_task if block is None else block.task
 
     def _check_not_finishing(self, what: str) -> None:
         if self._finishing:
@@ -404,7 +406,7 @@ class Transaction(Executor):
             )
 
     def _check_not_in_call(self, what: str) -> None:
-        if self._turns.is_nested:
+        if self.turn.depth > 1:
             raise SessionStateError(
                 f"{what} inside sync code that runs on {self.alias!r}, which still needs the "
                 "transaction; call it after the sync code, or use a nested block inside"
@@ -422,14 +424,14 @@ class Transaction(Executor):
         # In a test it is nested in the test's own.
         self._depth = len(wrapper.savepoint_ids), len(wrapper.atomic_blocks)
         wrapper.needs_rollback = self._rollback_wanted
-        self._hooks.hand_over(wrapper)
+        self.hooks.hand_over(wrapper)
 
     # The end
 
     async def _commit(self) -> None:
         reason = None if self.autocommit else self._reason_to_roll_back()
         if reason is not None:
-            cause = self._wrapper.rollback_exc if self._checkout.is_taken else None
+            cause = self.wrapper.rollback_exc if self.is_taken else None
             await self._rollback()
             raise TransactionManagementError(
                 f"the transaction on {self.alias!r} {reason}"
@@ -439,19 +441,19 @@ class Transaction(Executor):
         elif self._atomic is None:
             await self._commit_nothing()
         else:
-            await self._send_commit(self._wrapper, self._atomic)
+            await self._send_commit(self.wrapper, self._atomic)
 
     def _reason_to_roll_back(self) -> str | None:
         """Why the transaction must not be committed although nobody asked to roll it back."""
         begun_by, before = self._begun_by
         cancelled = cancels() > (before if asyncio.current_task() is begun_by else 0)
-        taken = self._checkout.is_taken
-        if cancelled or (taken and self._wrapper.cut):
+        taken = self.is_taken
+        if cancelled or (taken and self.wrapper.cut):
             return "is rolled back, because a cancellation inside it was swallowed"
         if not taken:
             return None
-        wrapper = self._wrapper
-        if self._checkout.is_lost:
+        wrapper = self.wrapper
+        if self.is_lost:
             return "is rolled back, because its connection was lost"
         if wrapper.left_by_sql:
             return (
@@ -468,8 +470,8 @@ class Transaction(Executor):
 
     @property
     def _is_rollback_wanted(self) -> bool:
-        taken = self._checkout.is_taken
-        return self._rollback_wanted or (taken and self._wrapper.is_rollback_wanted)
+        taken = self.is_taken
+        return self._rollback_wanted or (taken and self.wrapper.is_rollback_wanted)
 
     async def _send_commit(self, wrapper: BridgedMixin, atomic: Atomic) -> None:
         def commit() -> None:
@@ -482,13 +484,13 @@ class Transaction(Executor):
         unreachable = wrapper.has_hung_up()
         self.outcome = Outcome.UNKNOWN
         # For the callbacks: what was written is saved then.
-        self.changed = ""
+        wrapper.changed = ""
         try:
-            await self._serve(commit)
+            await self.call(commit)
         except Error as exc:
             if wrapper.commit_confirmed:
                 raise
-            if not self._checkout.is_lost or unreachable or wrapper.ended_before(exc):
+            if not self.is_lost or unreachable or wrapper.ended_before(exc):
                 self.outcome = Outcome.ROLLED_BACK
                 raise
             raise CommitUnknown(
@@ -503,19 +505,19 @@ class Transaction(Executor):
         """No statement ran, so there is nothing to commit; the callbacks run all the same, as in
         Django, and may use the connection."""
         self.outcome = Outcome.COMMITTED
-        if self._hooks:
+        if self.hooks:
             # What they run must not begin the transaction that nobody would commit any more.
-            self._ready = True
-            await self._checkout.call(self._hooks.call_at_once)
+            self._entered = True
+            await self.call(lambda: self.hooks.call_at_once(self.wrapper))
 
     async def _rollback(self, quietly: bool = False) -> None:
         """Roll back within the budget, or close the connection, which rolls back as well."""
         self._rollback_wanted = False
         try:
-            if self._atomic is not None and self._checkout.is_taken:
-                await self._send_rollback(self._wrapper, self._atomic)
+            if self._atomic is not None and self.is_taken:
+                await self._send_rollback(self.wrapper, self._atomic)
         except Exception as exc:
-            self._wrapper.abandon()
+            self.wrapper.abandon()
             if not quietly:
                 raise
             logger.warning("rollback on %r failed, the connection is closed: %s", self.alias, exc)
@@ -523,14 +525,15 @@ class Transaction(Executor):
             self.outcome = self.outcome or Outcome.ROLLED_BACK
 
     async def _send_rollback(self, wrapper: BridgedMixin, atomic: Atomic) -> None:
-        lost = self._checkout.is_lost
+        lost = self.is_lost
         if lost or wrapper.left_by_sql:
             # What the user's own COMMIT saved is saved.
             self.outcome = self.outcome if lost else Outcome.UNKNOWN
             wrapper.abandon()
             return
         # One ROLLBACK undoes what is in the blocks too.
-        self._blocks.clear()
+        self.levels.clear()
+        self._set_owner()
         savepoints, blocks = self._depth
         wrapper.savepoint_ids = wrapper.savepoint_ids[:savepoints]
         wrapper.atomic_blocks = wrapper.atomic_blocks[:blocks]
@@ -540,7 +543,7 @@ class Transaction(Executor):
             wrapper.end_streams()
             atomic.__exit__(Rollback, error, None)
 
-        await self._serve(roll_back, budget=CLEANUP_BUDGET)
+        await self.call_within(CLEANUP_BUDGET, roll_back)
 
     async def _end(self) -> None:
         """Give the connection back, clean or closed, whatever is raised meanwhile."""
@@ -548,15 +551,15 @@ class Transaction(Executor):
             self.abandon()
             return
         self.state = State.CLOSED
-        self._blocks.clear()
+        self.levels.clear()
         # A task keeps its exception, which keeps the frames that know this transaction.
-        self._begun_by, self._owner = (None, 0), None
+        self._begun_by, self.owner, self._own_task = (None, 0), None, None
         try:
-            await self._checkout.give_back()
+            await self.give_back()
         finally:
             if self.outcome is Outcome.ROLLED_BACK:
-                await self._hooks.rolled_back(None)
-            self._hooks.forget()
+                await self.hooks.rolled_back(None)
+            self.hooks.forget()
 
 
 _ending: set[asyncio.Task[None]] = set()

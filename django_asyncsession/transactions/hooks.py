@@ -8,8 +8,8 @@ import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from . import bridge
-from .backends.base import BridgedMixin
+from django_asyncsession import bridge
+from django_asyncsession.backends.base import BridgedMixin
 
 if TYPE_CHECKING:
     from .blocks import Block

@@ -1,0 +1,2 @@
+"""One connection and its transaction: taken when needed, used by one task at a time, given back
+clean."""
