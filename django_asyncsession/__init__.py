@@ -60,6 +60,7 @@ _MODULES = {
     "exceptions": (
         "AliasNotInSession",
         "AsyncSessionError",
+        "BlockingCallError",
         "BridgeError",
         "CommitUnknown",
         "ConfigurationError",

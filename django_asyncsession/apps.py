@@ -33,10 +33,10 @@ class AsyncSessionConfig(AppConfig):
         native mode on if it is set."""
         from . import checks, threadlocals  # noqa: F401
         from .bridge import answer_async_guards
+        from .guards import explain
         from .native import follow_settings
-        from .rows import blocked_access
 
-        answer_async_guards(blocked_access)
+        answer_async_guards(explain)
         follow_settings()
         setting_changed.connect(follow_settings)
         setting_changed.connect(threadlocals.follow_settings)

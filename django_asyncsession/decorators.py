@@ -10,6 +10,7 @@ from functools import wraps
 from typing import Any, TypeVar, overload
 
 from django.apps import apps
+from django.http import HttpRequest
 
 from .bridge import check_guards_answered
 from .conf import settings
@@ -63,7 +64,7 @@ def inject_session(
         async def call(*args: Any, **kwargs: Any) -> Any:
             if not options and (session := _session_of_request(args, alias)) is not None:
                 return await function(*args, **{**kwargs, name: session})
-            own = new_session(alias, options)
+            own = new_session(alias, options, _request_of(args))
             async with RequestScope(own) as scope:
                 return scope.keep_for(await function(*args, **{**kwargs, name: own}))
 
@@ -154,6 +155,11 @@ def _session_of_request(args: tuple[Any, ...], alias: str | None) -> Session | N
         if isinstance(session, Session) and session.alias == (alias or session.alias):
             return session
     return None
+
+
+def _request_of(args: tuple[Any, ...]) -> HttpRequest | None:
+    """The request that a view was called with, after `self` if it is a method."""
+    return next((given for given in args[:2] if isinstance(given, HttpRequest)), None)
 
 
 def _has_parameter(function: Callable[..., Any], name: str) -> bool:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from django.core.exceptions import ImproperlyConfigured, ObjectDoesNotExist
+from django.core.exceptions import (
+    ImproperlyConfigured,
+    ObjectDoesNotExist,
+    SynchronousOnlyOperation,
+)
 from django.db import DatabaseError, InterfaceError, OperationalError
 from django.utils.connection import ConnectionDoesNotExist
 
@@ -26,6 +30,10 @@ class UnknownAlias(AsyncSessionError, ConnectionDoesNotExist):
 
 class SyncContextError(AsyncSessionError, ImproperlyConfigured):
     """An async-only part was used from a sync view, a WSGI stack or a worker thread."""
+
+
+class BlockingCallError(AsyncSessionError, SynchronousOnlyOperation):
+    """Sync code of Django was called in async code, where it would block the event loop."""
 
 
 class SessionStateError(AsyncSessionError, InterfaceError):

@@ -168,6 +168,7 @@ class DatabaseInterface:
             _close,
             name=self.alias,
             options=self._pool_options(),
+            setting=self._pool_setting,
             is_permanent=self._is_permanent,
             is_quiet=lambda wrapper: wrapper.is_quiet(),
         )
@@ -216,6 +217,16 @@ class DatabaseInterface:
         known = {name: value for name, value in options.items() if name in POOL_OPTIONS}
         known["check"] = bool(known.get("check", self._settings_dict["CONN_HEALTH_CHECKS"]))
         return PoolOptions(**known)
+
+    @property
+    def _pool_setting(self) -> str:
+        """Where pool options of this database are read from, or would be."""
+        if self.alias not in settings.POOLS:
+            if self._own_settings is not None:
+                return "the database URL (with the prefix pool_)"
+            if self._settings_dict["OPTIONS"].get("pool"):
+                return f'DATABASES["{self.alias}"]["OPTIONS"]["pool"]'
+        return f'ASYNC_SESSION["POOLS"]["{self.alias}"]'
 
     def stats(self) -> dict[str, int]:
         """Numbers of the running loop's pool, under psycopg_pool's names; all zero when there is

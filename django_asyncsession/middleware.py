@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from collections.abc import Awaitable, Callable
 from functools import wraps
@@ -18,8 +19,9 @@ from django.http import HttpRequest
 from django.http.response import HttpResponseBase
 from django.utils.module_loading import import_string
 
-from .bridge import check_guards_answered
+from .bridge import check_guards_answered, in_bridge
 from .conf import settings
+from .exceptions import SyncContextError
 from .scope import RefusedSession, RequestScope, new_session
 
 SYNC_VIEW = (
@@ -29,6 +31,10 @@ SYNC_VIEW = (
 WSGI = (
     "the request's async session is used under WSGI, where nothing can be awaited; "
     "serve the project's ASGI application, for example with uvicorn"
+)
+TEST_CLIENT = (
+    "the request's async session is used with Django's sync test client, which is WSGI; "
+    "write `await self.async_client.get(...)`, or use AsyncClient(), in an `async def` test"
 )
 _SCOPE = "_async_session_scope"
 
@@ -52,16 +58,20 @@ class AsyncSessionMiddleware:
 
     def __init__(self, get_response: Callable[[HttpRequest], Awaitable[HttpResponseBase]]) -> None:
         check_guards_answered()
+        handler = _loading_handler(sys._getframe(1))
+        _check_client(handler)
         self.get_response = get_response
         markcoroutinefunction(self)
-        _watch_views(_loading_handler(sys._getframe(1)))
+        _watch_views(handler)
 
     async def __call__(self, request: HttpRequest) -> HttpResponseBase:
         """Answer the request within its session."""
         if isinstance(request, WSGIRequest):
-            setattr(request, settings.REQUEST_ATTRIBUTE, RefusedSession(WSGI))
+            is_test = hasattr(request, "_dont_enforce_csrf_checks")
+            refused = RefusedSession(TEST_CLIENT if is_test else WSGI)
+            setattr(request, settings.REQUEST_ATTRIBUTE, refused)
             return await self.get_response(request)
-        session = new_session(None, {"autocommit": not settings.ATOMIC_REQUESTS})
+        session = new_session(None, {"autocommit": not settings.ATOMIC_REQUESTS}, request)
         setattr(request, settings.REQUEST_ATTRIBUTE, session)
         async with RequestScope(session) as scope:
             setattr(request, _SCOPE, scope)
@@ -125,6 +135,24 @@ def _loading_handler(frame: FrameType | None) -> BaseHandler | None:
             return handler
         frame = frame.f_back
     return None
+
+
+def _check_client(handler: BaseHandler | None) -> None:
+    """Refuse Django's sync test client in an async test, where asgiref would only say that nothing
+    can be awaited.
+
+    Raises:
+        SyncContextError: it is used there.
+    """
+    if (
+        f"{type(handler).__module__}.{type(handler).__name__}" == "django.test.client.ClientHandler"
+        and asyncio._get_running_loop() is not None
+        and not in_bridge()
+    ):
+        raise SyncContextError(
+            "the sync test client is used in async code; write `await self.async_client.get(...)` "
+            "instead of `self.client.get(...)`, or use AsyncClient()"
+        )
 
 
 def _watch_views(handler: BaseHandler | None) -> None:

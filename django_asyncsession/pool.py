@@ -205,6 +205,7 @@ class Pool(Generic[C]):
             nor anything else. It is asked at each checkout, so it must neither wait nor send.
         name: what messages call the pool.
         options: sizes and times.
+        setting: where the user has written these, for messages.
     """
 
     def __init__(
@@ -215,12 +216,14 @@ class Pool(Generic[C]):
         *,
         name: str,
         options: PoolOptions,
+        setting: str = "the pool options",
         is_permanent: Callable[[BaseException], bool] = lambda error: False,
         is_quiet: Callable[[C], bool] = lambda connection: True,
     ) -> None:
         self._connect, self._check, self._close = connect, check, close
         self._is_permanent, self._is_quiet = is_permanent, is_quiet
         self.name, self.options = name, options
+        self._setting = setting
         self._loop = asyncio.get_running_loop()
         self._idle: deque[_Entry[C]] = deque()
         self._waiters: OrderedDict[asyncio.Future[_Entry[C]], None] = OrderedDict()
@@ -437,8 +440,9 @@ class Pool(Generic[C]):
             raise PoolClosed(f"the pool of {self.name!r} is closed")
         if asyncio.get_running_loop() is not self._loop:
             raise WrongLoopError(
-                f"the pool of {self.name!r} belongs to {self._loop!r}, not to "
-                f"{asyncio.get_running_loop()!r}"
+                f"the pool of {self.name!r} belongs to {loop_name(self._loop)} and is used at "
+                f"{creation_site()} in {loop_name(asyncio.get_running_loop())}; use the pool of "
+                "the loop that runs"
             )
 
     async def _start(self) -> None:
@@ -475,7 +479,7 @@ class Pool(Generic[C]):
             raise TooManyWaiting(
                 f"no connection to {self.name!r}, {self._usage()} of "
                 f"max_waiting={self.options.max_waiting}; "
-                "shed load, or raise the pool options max_waiting or max_size"
+                f"shed load, or raise max_waiting or max_size in {self._setting}"
             )
         self._counts["requests_queued"] += 1
         started = time.monotonic()
@@ -522,7 +526,7 @@ class Pool(Generic[C]):
             error = PoolTimeout(
                 f"no connection to {self.name!r} within {seconds:.1f} s, {self._usage()}{holder}"
                 f"{NESTED if task in holders else ''}; "
-                'raise OPTIONS["pool"]["max_size"] or shorten transactions'
+                f"raise max_size in {self._setting}, or shorten transactions"
             )
             error.__cause__ = self._failure
             waiter.set_exception(error)
@@ -541,6 +545,8 @@ class Pool(Generic[C]):
         lease = min(leases, key=lambda lease: lease.since)
         held = time.monotonic() - lease.since
         text = f", longest held for {held:.1f} s by {lease.task!r}, taken at {lease.site}"
+        if isinstance(lease.made_at, RequestSite):
+            text += f" for {lease.made_at}"
         return text, {lease.task for lease in leases}
 
     async def _is_healthy(self, lease: Lease[C], deadline: float) -> bool:
@@ -909,6 +915,27 @@ def _again(error: BaseException) -> BaseException:
         return error.with_traceback(None)
     fresh.__cause__ = error.__cause__
     return fresh
+
+
+def loop_name(loop: asyncio.AbstractEventLoop | None) -> str:
+    """An event loop as messages call it: the `repr` of two loops is often the same."""
+    if loop is None:
+        return "a thread without an event loop"
+    state = "closed" if loop.is_closed() else "running" if loop.is_running() else "stopped"
+    return f"the {state} event loop {type(loop).__name__} at {id(loop):#x}"
+
+
+class RequestSite(str):
+    """A request, where messages otherwise say where a session was made."""
+
+    # Characters of a path that are shown.
+    LONGEST = 200
+
+    @classmethod
+    def of(cls, method: object, path: str) -> RequestSite:
+        """The words for a request: its method and its path, without the query."""
+        shown = path if len(path) <= cls.LONGEST else f"{path[: cls.LONGEST]}..."
+        return cls(f"request {method} {shown!r}")
 
 
 def creation_site() -> str:

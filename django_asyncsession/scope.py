@@ -12,10 +12,12 @@ from types import TracebackType
 from typing import Any, Self
 
 from asgiref.sync import AsyncToSync, SyncToAsync, ThreadSensitiveContext
+from django.http import HttpRequest
 
 from .conf import settings
 from .exceptions import SyncContextError
 from .interface import databases
+from .pool import RequestSite
 from .session import Session
 from .sessionset import SessionSet
 from .transactions.transaction import end_later
@@ -23,14 +25,20 @@ from .transactions.transaction import end_later
 logger = logging.getLogger("django_asyncsession")
 
 
-def new_session(alias: str | None, options: Mapping[str, Any]) -> Session:
+def new_session(
+    alias: str | None, options: Mapping[str, Any], request: HttpRequest | None = None
+) -> Session:
     """A session that begins with its first statement; the alias None is that of the middleware.
+
+    Args:
+        request: the one that it ends with, for messages.
 
     Raises:
         UnknownAlias: DATABASES has no such alias.
         ConfigurationError: an option that cannot be.
     """
-    return databases[alias or settings.ALIAS].get_session(begin_on_use=True, **options)
+    site = None if request is None else RequestSite.of(request.method, request.path)
+    return databases[alias or settings.ALIAS].get_session(begin_on_use=True, site=site, **options)
 
 
 @contextmanager

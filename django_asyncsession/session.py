@@ -26,14 +26,14 @@ from django.db.models import Model
 
 from . import parallel, rows, threadlocals
 from .backends.base import TransactionOptions
-from .exceptions import SessionClosedError, SessionStateError
+from .exceptions import SessionStateError
 from .pool import creation_site
 from .queries import DeleteQuery, InsertQuery, Related, SelectQuery, UpdateQuery
 from .results import BaseResultSet, Reader, Row
 from .statements import check_one_statement, split_script
 from .tables import RowTable, model_of
 from .transactions.blocks import Block
-from .transactions.checkout import Source, State, check_loop, nothing_can_wait
+from .transactions.checkout import Source, State, check_loop, nothing_can_wait, session_closed
 from .transactions.hooks import call_now
 from .transactions.raw import Params
 from .transactions.transaction import Outcome, Transaction
@@ -80,6 +80,7 @@ class Session:
         lock_timeout: seconds that a statement may wait for a lock.
         idle_timeout: seconds that the transaction may wait for its next statement.
         begin_on_use: begin with the first statement, so that `begin()` is not needed.
+        site: what messages call the place where it was made; None takes the caller's.
 
     Raises:
         ConfigurationError: an option that cannot be.
@@ -100,6 +101,7 @@ class Session:
         lock_timeout: float | None = None,
         idle_timeout: float | None = None,
         begin_on_use: bool = False,
+        site: str | None = None,
     ) -> None:
         self.bind = bind
         self.alias = bind.alias
@@ -116,7 +118,7 @@ class Session:
         )
         self._begin_on_use = begin_on_use
         self._state = State.NEW
-        self._site = creation_site()
+        self._site = creation_site() if site is None else site
         # What its sync code has put into thread-locals; None when there are none to swap.
         self.contents = threadlocals.new()
         self._entered = False
@@ -948,9 +950,7 @@ class Session:
 
     def _check_not_closed(self) -> None:
         if self._state is State.CLOSED:
-            raise SessionClosedError(
-                f"the session of {self.alias!r} made at {self._site} is closed; make a new one"
-            )
+            raise session_closed(self.alias, self._site)
 
     def _check_loop(self) -> None:
-        check_loop(self._loop, self.alias)
+        check_loop(self._loop, self.alias, self._site)

@@ -20,7 +20,7 @@ ROOT = Path(django_asyncsession.__file__).parent
 LAYERS = [
     {"exceptions", "conf", "signals", "scanner", "shutdown"},
     {"bridge", "results", "columns", "statements", "threadlocals"},
-    {"tables", "backends", "connections", "pool", "queries", "rows", "writes"},
+    {"tables", "backends", "connections", "pool", "queries", "rows", "guards", "writes"},
     {"transactions"},
     {"parallel"},
     {"session"},

@@ -313,7 +313,7 @@ async def test_timeout_names_the_pool_the_numbers_and_the_longest_holder() -> No
             "longest held for 0.1 s by 'hoarder', taken at",
             "test_pool.py",
             " in hoard",
-            '; raise OPTIONS["pool"]["max_size"] or shorten transactions',
+            "; raise max_size in the pool options, or shorten transactions",
         ):
             assert part in message
         assert "nested" not in message

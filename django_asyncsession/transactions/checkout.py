@@ -23,7 +23,13 @@ from django_asyncsession.exceptions import (
     SessionStateError,
     WrongLoopError,
 )
-from django_asyncsession.pool import Lease, task_name
+from django_asyncsession.pool import (
+    Lease,
+    RequestSite,
+    creation_site,
+    loop_name,
+    task_name,
+)
 from django_asyncsession.threadlocals import Contents
 
 from .turn import Mark, Task, Turn, inside
@@ -145,10 +151,8 @@ class Checkout:
                 "with`"
             )
         if self.state is State.CLOSED:
-            raise SessionClosedError(
-                f"the session of {self.alias!r} made at {self._site} is closed; make a new one"
-            )
-        check_loop(self._loop, self.alias)
+            raise session_closed(self.alias, self._site)
+        check_loop(self._loop, self.alias, self._site)
         raise AssertionError("nothing to refuse")
 
     # The turn
@@ -419,8 +423,26 @@ def _clean(wrapper: BridgedMixin) -> None:
     wrapper.reset()
 
 
-def check_loop(loop: asyncio.AbstractEventLoop | None, alias: str) -> None:
+def session_closed(alias: str, site: str, how: str = "is closed") -> SessionClosedError:
+    """The error for a session that is used after its end.
+
+    Args:
+        site: where it was made, or its request.
+        how: it ended.
+    """
+    if isinstance(site, RequestSite):
+        return SessionClosedError(
+            f"the session of {alias!r} for {site} {how}; work that outlives its request needs a "
+            "session of its own: @background_session"
+        )
+    return SessionClosedError(f"the session of {alias!r} made at {site} {how}; make a new one")
+
+
+def check_loop(loop: asyncio.AbstractEventLoop | None, alias: str, site: str) -> None:
     """Refuse to use what belongs to `loop` anywhere else.
+
+    Args:
+        site: where the session was made, for the message.
 
     Raises:
         WrongLoopError: another event loop runs here, or none, as in a thread.
@@ -428,8 +450,8 @@ def check_loop(loop: asyncio.AbstractEventLoop | None, alias: str) -> None:
     running = asyncio._get_running_loop()
     if loop is not None and running is not loop:
         raise WrongLoopError(
-            f"the session of {alias!r} belongs to {loop!r} and is used in {running!r}; "
-            "make a session in the loop that uses it"
+            f"the session of {alias!r} made at {site} belongs to {loop_name(loop)} and is used at "
+            f"{creation_site()} in {loop_name(running)}; make a session in the loop that uses it"
         )
 
 

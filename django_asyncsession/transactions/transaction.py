@@ -20,7 +20,15 @@ from django_asyncsession.statements import check_savepoint_name
 from django_asyncsession.threadlocals import Contents
 
 from .blocks import Block
-from .checkout import CLEANUP_BUDGET, Source, State, cancels, check_loop, nothing_can_wait
+from .checkout import (
+    CLEANUP_BUDGET,
+    Source,
+    State,
+    cancels,
+    check_loop,
+    nothing_can_wait,
+    session_closed,
+)
 from .hooks import Hooks, call_waiting
 from .levels import Levels
 from .raw import RawSQL
@@ -182,7 +190,7 @@ class Transaction(RawSQL):
         if nothing_can_wait():
             self.abandon()
             return
-        check_loop(self._loop, self.alias)
+        check_loop(self._loop, self.alias, self._site)
         self.check_may_close()
         # Not in the queue: the task that ends the transaction does not wait behind those that
         # still use it.
@@ -240,10 +248,7 @@ class Transaction(RawSQL):
         # A COMMIT on its way is waited for: cut, nobody would know whether it is saved.
         if not self._finishing and self.turn.task is not asyncio.current_task():
             self.stop(
-                SessionClosedError(
-                    f"the session of {self.alias!r} made at {self._site} was closed while this "
-                    "call was running"
-                )
+                session_closed(self.alias, self._site, "was closed while this call was running")
             )
 
     def abandon(self) -> None:

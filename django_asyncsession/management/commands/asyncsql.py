@@ -10,6 +10,7 @@ import getpass
 import hashlib
 import logging
 import os
+import re
 import shutil
 import sys
 import time
@@ -106,11 +107,17 @@ class Command(BaseCommand):
         except BrokenPipeError:
             _leave_quietly()
         except _REFUSALS as exc:
-            raise CommandError(one_line(exc, job.alias)) from exc
+            raise CommandError(one_line(exc, job.alias) + _remedy(exc, job)) from exc
 
     def _say(self, text: str) -> None:
         # Not the result: so that standard output has the rows and nothing else.
         self.stderr.write(text, style_func=str)
+
+
+def _remedy(error: BaseException, job: Job) -> str:
+    """What lets the job do what the database refused, if that is an option of the command."""
+    is_refused = not job.write and re.search("read.?only", str(error), re.IGNORECASE)
+    return "; --write allows changes, and commits them" if is_refused else ""
 
 
 def _leave_quietly() -> NoReturn:
