@@ -1190,7 +1190,7 @@ async def test_another_loop_is_refused_with_both_named() -> None:
         return str(caught.value)
 
     message = await asyncio.to_thread(elsewhere)
-    assert "'fake' belongs to <" in message and message.count("EventLoop") == 2
+    assert "'fake' belongs to the running event loop" in message and message.count("EventLoop") == 2
     await pool.close()
 
 
