@@ -305,6 +305,8 @@ async def test_the_late_statement_of_a_gather_that_failed_is_refused(
     async def fails() -> None:
         raise ZeroDivisionError
 
+    ended = asyncio.Event()
+
     async def late() -> None:
         await ended.wait()
         await session.execute(INSERT, ["late"])
