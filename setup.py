@@ -79,7 +79,6 @@ setup(
         "django>=5.2",
         "greenlet>=3.5.4",
         "rich>=13.9",
-        "sqlparse>=0.5",
     ],
     # Named as the module, so that naming it in a conftest as well registers it once.
     entry_points={

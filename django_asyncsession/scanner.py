@@ -10,9 +10,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from functools import cache, lru_cache, wraps
-from typing import TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 # Caches keep no texts that are longer, and not more of them: 8 MB each at the most.
 LONGEST_CACHED, MOST_CACHED = 4096, 2048
@@ -396,15 +397,16 @@ class SQLiteScanner(Scanner):
         return len(text)
 
 
-def cached_by_text(function: Callable[[str], T]) -> Callable[[str], T]:
+def cached_by_text(function: Callable[Concatenate[str, P], T]) -> Callable[Concatenate[str, P], T]:
     """A cache for a function of SQL text that is bounded in bytes: long texts are not kept."""
-    cached = lru_cache(MOST_CACHED)(function)
+    cached: Any = lru_cache(MOST_CACHED)(function)
 
     @wraps(function)
-    def call(text: str) -> T:
-        return cached(text) if len(text) <= LONGEST_CACHED else function(text)
+    def call(text: str, *args: P.args, **kwargs: P.kwargs) -> T:
+        keep = len(text) <= LONGEST_CACHED
+        return (cached if keep else function)(text, *args, **kwargs)
 
-    return call
+    return cast("Callable[Concatenate[str, P], T]", call)
 
 
 @cache
@@ -415,12 +417,15 @@ def scanner(vendor: str) -> Scanner:
     return classes.get(vendor, PostgreSQLScanner)()  # type: ignore[call-arg]
 
 
-@lru_cache(MOST_CACHED)
-def _short(vendor: str, text: str) -> str:
-    return scanner(vendor).normalise(text)
+@cached_by_text
+def stripped(sql: str, reader: Scanner) -> str:
+    """The bare text from its first word on: what stands in comments, strings and quotes is not
+    there."""
+    return reader.bare(sql).lstrip(" \t\n\r\f\v(")
 
 
+@cached_by_text
 def normalise(sql: str, vendor: str = "postgresql") -> str:
     """The statement as a log may show it: `?` for literals, no comments, one space for any, and
     no more than 2,048 characters."""
-    return _short(vendor, sql) if len(sql) <= LONGEST_CACHED else scanner(vendor).normalise(sql)
+    return scanner(vendor).normalise(sql)

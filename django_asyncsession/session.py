@@ -30,7 +30,7 @@ from .exceptions import SessionStateError
 from .pool import creation_site
 from .queries import DeleteQuery, InsertQuery, Related, SelectQuery, UpdateQuery
 from .results import BaseResultSet, Reader, Row
-from .statements import check_one_statement, split_script
+from .statements import check_one_statement
 from .tables import RowTable, model_of
 from .transactions.blocks import Block
 from .transactions.checkout import Source, State, check_loop, nothing_can_wait, session_closed
@@ -442,7 +442,7 @@ class Session:
         Raises:
             As `execute`.
         """
-        check_one_statement(sql)
+        check_one_statement(sql, self.bind.vendor)
 
         def execute_many() -> int:
             with connections[self.alias].cursor() as cursor:
@@ -460,7 +460,7 @@ class Session:
 
         def execute_script() -> None:
             wrapper: Any = connections[self.alias]
-            statements = [sql] if wrapper.multiple_statements else split_script(sql)
+            statements = [sql] if wrapper.multiple_statements else wrapper.scanner.split(sql)
             with wrapper.cursor() as cursor:
                 for statement in statements:
                     cursor.execute(statement)
@@ -533,7 +533,7 @@ class Session:
         if hasattr(query, "stream"):
             rows: AsyncGenerator[Any, None] = query.stream(chunk_size=chunk_size)
             return rows
-        check_one_statement(query)
+        check_one_statement(query, self.bind.vendor)
         reader = Reader()
         return reader.reads(self._stream_sql(query, params, chunk_size, reader))
 

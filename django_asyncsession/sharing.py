@@ -118,7 +118,8 @@ class SharedSource:
     """
 
     def __init__(self, interface: DatabaseInterface, wrapper: SharedMixin) -> None:
-        self.alias, self.interface, self.wrapper = interface.alias, interface, wrapper
+        self.alias, self.vendor = interface.alias, interface.vendor
+        self.interface, self.wrapper = interface, wrapper
         self._open: list[SharedLease] = []
         self._waiters: deque[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = deque()
 

@@ -1,56 +1,65 @@
-"""What is checked of SQL text and names before anything is sent."""
+"""What is asked of SQL text, and checked of names, before anything is sent.
+
+How many statements a text has is decided by the database; what is found here says it sooner, and
+better.
+"""
 
 from __future__ import annotations
 
 import re
 from contextvars import ContextVar
-from functools import lru_cache
 from typing import Any, Protocol
 
-import sqlparse
-
 from .exceptions import MultipleStatements
-from .scanner import scanner
+from .scanner import Scanner, cached_by_text, scanner
 
 # A savepoint name is quoted, so what could end the quotes is refused.
 SAVEPOINT_NAME = re.compile(r"""[^"'`\x00\\%]+""")
 # PostgreSQL cuts names here, and two long ones would be the same.
 MAX_NAME_BYTES = 63
-# Nothing but comments; what MySQL runs although it looks like a comment, /*! ... */, is none.
-NO_STATEMENT = re.compile(r"(?:[\s;]|--[^\n]*|#[^\n]*|/\*(?!M?!).*?\*/)*", re.DOTALL)
-# One token of SQL as the standard, and PostgreSQL, read it: no backslash escapes in '...', only in
-# E'...'.
-TOKEN = re.compile(
-    r"""(?P<nothing>\s+|--[^\n]*|/\*(?!M?!).*?\*/)|(?P<end>;)|\b[eE]'(?:[^'\\]|\\.|'')*'|'(?:[^']|'')*'
-    |"(?:[^"]|"")*"|`[^`]*`|\$(?P<tag>\w*)\$.*?\$(?P=tag)\$|\w+|.""",
-    re.DOTALL | re.VERBOSE,
-)
+# Statements are counted up to this many.
+MAX_COUNT = 100
 # Statements that neither write nor set anything.
 READS = (
-    frozenset({"abort", "begin", "close", "commit", "declare", "desc", "describe", "end"})
-    | {"explain", "fetch", "move", "pragma", "release", "rollback", "savepoint", "select", "show"}
-    | {"start", "table", "values", "with"}
+    frozenset({"ABORT", "BEGIN", "CLOSE", "COMMIT", "DECLARE", "DESC", "DESCRIBE", "END"})
+    | {"EXPLAIN", "FETCH", "MOVE", "PRAGMA", "RELEASE", "ROLLBACK", "SAVEPOINT", "SELECT", "SHOW"}
+    | {"START", "TABLE", "VALUES", "WITH"}
 )
 # What makes one of them write, set or lock something all the same.
 CHANGES = re.compile(
-    r"\bfor\s+(?:no\s+key\s+)?(?:update|share)\b|\bfor\s+key\s+share\b|\block\s+in\s+share\b"
-    r"|\bset_config\s*\(|\A\s*pragma\b[^=(]*=|\A\s*explain\b.*\banalyze\b"
-    r"|\A\s*(?:with|explain)\b.*\b(?:insert\s+into|update|delete\s+from|merge\s+into)\b",
-    re.IGNORECASE | re.DOTALL,
+    r"\bfor\s++(?:no\s++key\s++)?+(?:update|share)\b|\bfor\s++key\s++share\b"
+    r"|\block\s++in\s++share\b|\bset_config\s*+\(",
+    re.IGNORECASE,
 )
-FIRST_WORD = re.compile(r"(?:[\s(]|--[^\n]*\n|#[^\n]*\n|/\*(?!M?!).*?\*/)*(\w+)", re.DOTALL)
+WRITES = re.compile(r"\b(?:insert\s++into|update|delete\s++from|merge\s++into)\b", re.IGNORECASE)
+ANALYZE = re.compile(r"\banalyze\b", re.IGNORECASE)
+# Words that begin or end a transaction.
+TRANSACTION_CONTROL = frozenset(
+    {"ABORT", "BEGIN", "COMMIT", "END", "RELEASE", "ROLLBACK", "SAVEPOINT", "START"}
+) | {"XA"}
+# A cursor on the server takes these, unless one of the words below makes them write.
+QUERIES = frozenset({"SELECT", "TABLE", "VALUES", "WITH"})
+QUERY_WRITES = frozenset({"DELETE", "INSERT", "INTO", "MERGE", "UPDATE"})
 
 
-@lru_cache(maxsize=4096)
-def change_in(sql: str) -> str:
+@cached_by_text
+def change_in(sql: str, reader: Scanner) -> str:
     """The first word, in capitals, of a statement that writes, locks or sets something; empty for
     one that only reads, as far as its text tells: it cannot tell what a function does."""
-    first = FIRST_WORD.match(sql)
-    if first is None:
-        return "" if NO_STATEMENT.fullmatch(sql) else "SQL"
-    if first[1].lower() in READS and CHANGES.search(sql) is None:
-        return ""
-    return first[1].upper()
+    first = reader.first_word(sql)
+    if not first:
+        return "SQL" if next(reader.statements(sql), None) else ""
+    if first not in READS:
+        return first
+    text = reader.bare(sql)
+    changes = CHANGES.search(text) is not None
+    if first in ("WITH", "EXPLAIN"):
+        changes = changes or WRITES.search(text) is not None
+    if first == "EXPLAIN":
+        changes = changes or ANALYZE.search(text) is not None
+    elif first == "PRAGMA":
+        changes = changes or "=" in text.partition("(")[0]
+    return first if changes else ""
 
 
 LOCKS = re.compile(
@@ -81,7 +90,7 @@ class Reads(Protocol):
 reading: ContextVar[Reads | None] = ContextVar("reading", default=None)
 
 
-def check_one_statement(sql: Any) -> None:
+def check_one_statement(sql: Any, vendor: str) -> None:
     """Refuse text with more than one statement.
 
     Raises:
@@ -94,29 +103,34 @@ def check_one_statement(sql: Any) -> None:
         return
     if ";" not in sql.rstrip().rstrip(";"):
         return
-    count = len(split_script(sql))
-    if "\\" in sql:
-        # Databases differ in what a backslash does: it must be one statement in either reading.
-        count = max(count, _count_standard(sql))
+    found = scanner(vendor).statements(sql)
+    count = sum(1 for _ in zip(range(MAX_COUNT), found, strict=False))
     if count > 1:
+        or_more = " or more" if count == MAX_COUNT else ""
         raise MultipleStatements(
-            f"{count} statements where one is taken; use execute_script() for scripts"
+            f"{count}{or_more} statements where one is taken; use execute_script() for scripts"
         )
 
 
-def _count_standard(sql: str) -> int:
-    count, begun = 0, False
-    for token in TOKEN.finditer(sql):
-        if token["end"]:
-            begun = False
-        elif token["nothing"] is None and not begun:
-            count, begun = count + 1, True
-    return count
+def controls_transaction(sql: str, reader: Scanner) -> str | None:
+    """The word with which this statement would begin or end a transaction, or None."""
+    found = reader.words(sql)[:4]
+    if not found:
+        return None
+    if found[0] in TRANSACTION_CONTROL:
+        return found[0]
+    if found[0] == "SET" and "TRANSACTION" in found[1:4]:
+        return "SET TRANSACTION"
+    if found[:2] == ["PREPARE", "TRANSACTION"]:
+        return "PREPARE TRANSACTION"
+    return None
 
 
-def split_script(sql: str) -> list[str]:
-    """The statements of a script, without those that are only comments."""
-    return [part for part in sqlparse.split(sql) if not NO_STATEMENT.fullmatch(part)]
+def is_query(sql: str, reader: Scanner) -> bool:
+    """Whether the statement only reads, so that a cursor on the server can run it."""
+    found = reader.words(sql)
+    opening = next((word for word in found if word != "("), "")
+    return opening in QUERIES and not QUERY_WRITES.intersection(found)
 
 
 def check_savepoint_name(name: str) -> None:

@@ -86,7 +86,7 @@ class _Lending:
     """Where the test's own session takes its connection."""
 
     def __init__(self, bind: Any) -> None:
-        self.alias, self._bind = bind.alias, bind
+        self.alias, self.vendor, self._bind = bind.alias, bind.vendor, bind
 
     async def acquire(self) -> Lease[BridgedMixin]:
         source = getattr(self._bind, "source", None)
@@ -306,7 +306,8 @@ class _Watched:
     def __init__(
         self, interface: DatabaseInterface, source: Source | None, watch: Callable[[Any], None]
     ) -> None:
-        self.alias, self._interface, self._source = interface.alias, interface, source
+        self.alias, self.vendor = interface.alias, interface.vendor
+        self._interface, self._source = interface, source
         self._watch = watch
 
     async def acquire(self) -> Lease[BridgedMixin]:

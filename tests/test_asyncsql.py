@@ -28,7 +28,9 @@ from django.db import connections
 
 from django_asyncsession import DatabaseInterface
 from django_asyncsession.exceptions import SharedConnectionWarning
-from django_asyncsession.management import formats, job, statements
+from django_asyncsession.management import formats, job
+from django_asyncsession.scanner import scanner
+from django_asyncsession.statements import controls_transaction, is_query
 from tests.models import User
 
 NASTY = "\x1b[31mred\x9b\u202e\r\x00"
@@ -182,6 +184,8 @@ def test_every_kind_of_value_has_a_text(value: Any, text: str) -> None:
 
 # Statements
 
+POSTGRESQL = scanner("postgresql")
+
 
 @pytest.mark.parametrize(
     ("sql", "count"),
@@ -195,7 +199,7 @@ def test_every_kind_of_value_has_a_text(value: Any, text: str) -> None:
     ],
 )
 def test_statements_are_counted(sql: str, count: int) -> None:
-    assert len(statements.split(sql)) == count
+    assert len(POSTGRESQL.split(sql)) == count
 
 
 @pytest.mark.parametrize(
@@ -213,7 +217,7 @@ def test_statements_are_counted(sql: str, count: int) -> None:
     ],
 )
 def test_what_would_end_the_transaction_is_recognised(sql: str, word: str | None) -> None:
-    assert statements.controls_transaction(sql) == word
+    assert controls_transaction(sql, POSTGRESQL) == word
 
 
 @pytest.mark.parametrize(
@@ -231,7 +235,7 @@ def test_what_would_end_the_transaction_is_recognised(sql: str, word: str | None
     ],
 )
 def test_only_plain_queries_are_streamed(sql: str, expected: bool) -> None:
-    assert statements.is_query(sql) is expected
+    assert is_query(sql, POSTGRESQL) is expected
 
 
 # What was asked for

@@ -10,6 +10,7 @@ from django.db import DatabaseError
 from psycopg import sql as composed
 
 from django_asyncsession import DatabaseInterface, MultipleStatements
+from django_asyncsession.scanner import scanner
 from django_asyncsession.statements import change_in, check_one_statement, check_savepoint_name
 
 ONE = [
@@ -34,6 +35,15 @@ ONE = [
     "",
     " ; ",
 ]
+# Those that one database alone takes for one statement.
+ONLY = {
+    "SELECT `a;b` FROM t": ("mysql", "sqlite"),
+    "DO $$ BEGIN PERFORM 1; PERFORM 2; END $$": ("postgresql",),
+    ONE[14]: ("postgresql",),
+    ONE[15]: ("mysql", "sqlite"),
+    ONE[16]: ("postgresql", "mysql"),
+    ONE[17]: ("postgresql",),
+}
 MANY = [
     ("SELECT 1; SELECT 2", 2),
     ("SELECT 1;SELECT 2;", 2),
@@ -43,10 +53,17 @@ MANY = [
     ("SELECT CASE WHEN 1=1 THEN 2 END; DROP TABLE x", 2),
     ("CREATE TABLE a (i int); DROP TABLE b", 2),
     ("BEGIN; DELETE FROM x", 2),
-    # One string where a backslash escapes, and two statements in PostgreSQL.
-    (r"SELECT '\'; DROP TABLE x; --'", 2),
+]
+# Two statements for these databases alone.
+MANY_FOR = [
+    ("postgresql", r"SELECT '\'; DROP TABLE x; --'"),
+    ("sqlite", r"SELECT '\'; DROP TABLE x; --'"),
     # MySQL runs what is in such a comment.
-    ("SELECT 1; /*! DROP TABLE x */", 2),
+    ("mysql", "SELECT 1; /*! DROP TABLE x */"),
+    ("postgresql", "explain select 1 # 2; commit; --"),
+    ("mysql", "select 1 --1; commit"),
+    ("mysql", "select 1 as $$; delete from t; -- $$"),
+    ("mysql", "create temporary table t as select 1 as declare; delete from u"),
 ]
 
 
@@ -77,39 +94,61 @@ CHANGES = [
     ("CREATE TABLE t (i int)", "CREATE"),
     ("CALL f()", "CALL"),
     ("NOTIFY channel", "NOTIFY"),
-    # MySQL runs what is in such a comment.
-    ("/*! INSERT INTO t VALUES (1) */", "SQL"),
 ]
+
+
+VENDORS = ["postgresql", "mysql", "sqlite"]
 
 
 @pytest.mark.parametrize("sql", READS)
 def test_a_statement_that_reads_changes_nothing(sql: str) -> None:
-    assert change_in(sql) == ""
+    assert change_in(sql, scanner("mysql" if "#" in sql else "postgresql")) == ""
 
 
 @pytest.mark.parametrize(("sql", "word"), CHANGES)
-def test_a_statement_that_does_more_is_named_by_its_first_word(sql: str, word: str) -> None:
-    assert change_in(sql) == word
+@pytest.mark.parametrize("vendor", VENDORS)
+def test_a_statement_that_does_more_is_named_by_its_first_word(
+    vendor: str, sql: str, word: str
+) -> None:
+    assert change_in(sql, scanner(vendor)) == word
+
+
+def test_what_mysql_runs_in_a_comment_changes_something() -> None:
+    assert change_in("/*! INSERT INTO t VALUES (1) */", scanner("mysql")) == "INSERT"
+    assert change_in("/*! INSERT INTO t VALUES (1) */", scanner("postgresql")) == ""
 
 
 @pytest.mark.parametrize("sql", ONE)
-def test_one_statement_is_taken_whatever_semicolons_it_quotes(sql: str) -> None:
-    check_one_statement(sql)
+@pytest.mark.parametrize("vendor", VENDORS)
+def test_one_statement_is_taken_whatever_semicolons_it_quotes(vendor: str, sql: str) -> None:
+    if vendor in ONLY.get(sql, VENDORS):
+        check_one_statement(sql, vendor)
 
 
-@pytest.mark.parametrize(("sql", "count"), MANY)
-def test_more_than_one_statement_is_refused_with_their_number(sql: str, count: int) -> None:
+@pytest.mark.parametrize(
+    ("vendor", "sql", "count"),
+    [(vendor, *many) for many in MANY for vendor in VENDORS]
+    + [(vendor, sql, sql.count("; ") + 1 - (sql[-1] in "-'$")) for vendor, sql in MANY_FOR],
+)
+def test_more_than_one_statement_is_refused_with_their_number(
+    vendor: str, sql: str, count: int
+) -> None:
     with pytest.raises(
         MultipleStatements, match=f"^{count} statements where one is taken; use execute_script"
     ):
-        check_one_statement(sql)
+        check_one_statement(sql, vendor)
+
+
+def test_statements_are_counted_no_further_than_a_message_needs() -> None:
+    with pytest.raises(MultipleStatements, match=r"^100 or more statements"):
+        check_one_statement("SELECT 1;" * 1000, "postgresql")
 
 
 def test_sql_composed_by_the_driver_is_taken_and_other_objects_are_not() -> None:
-    check_one_statement(composed.SQL("SELECT {}").format(composed.Literal(1)))
+    check_one_statement(composed.SQL("SELECT {}").format(composed.Literal(1)), "postgresql")
     for wrong in (None, 1, b"SELECT 1", ["SELECT 1"]):
         with pytest.raises(TypeError, match=f"SQL must be a string, not {type(wrong).__name__}"):
-            check_one_statement(wrong)
+            check_one_statement(wrong, "postgresql")
 
 
 @pytest.mark.parametrize("name", ["a", "sp 1", "a-b", "ünïcode", "x" * 63, "select", "a;b"])
@@ -129,6 +168,10 @@ async def test_two_statements_are_refused_before_anything_is_sent(
     real_database: DatabaseInterface,
 ) -> None:
     both = "INSERT INTO tests_user (name, level) VALUES ('a', 1); DELETE FROM tests_user"
+
+    async def stream() -> None:
+        await anext(session.stream(both))
+
     async with real_database.get_session() as session:
         for refused in (
             session.execute(both),
@@ -137,7 +180,7 @@ async def test_two_statements_are_refused_before_anything_is_sent(
             session.fetch_value(both),
             session.fetch_all(both),
             session.execute_many(both, []),
-            anext(session.stream(both)),
+            stream(),
         ):
             with pytest.raises(MultipleStatements) as caught:
                 await refused

@@ -27,6 +27,7 @@ from greenlet import getcurrent, greenlet
 
 from django_asyncsession.bridge import await_
 from django_asyncsession.exceptions import AliasNotInSession, ConfigurationError, SessionClosedError
+from django_asyncsession.scanner import Scanner, scanner
 from django_asyncsession.statements import change_in, reading
 
 from .attributes import Attributes
@@ -513,6 +514,11 @@ class BridgedMixin(_Wrapper):
 
     # Statements
 
+    @property
+    def scanner(self) -> Scanner:
+        """How the server reads SQL now, as far as is known here."""
+        return scanner(self.vendor)
+
     def note_statement(self, sql: Any) -> None:
         """Called with the text of each statement that a cursor of Django's is about to send.
 
@@ -569,7 +575,8 @@ class BridgedMixin(_Wrapper):
     def note_change(self, sql: Any) -> None:
         """Note that a statement does more than read, unless it commits by itself."""
         if not self.changed and self.in_atomic_block:
-            self.changed = change_in(sql if isinstance(sql, str) else sql.as_string(None))
+            text = sql if isinstance(sql, str) else sql.as_string(None)
+            self.changed = change_in(text, self.scanner)
 
     def snapshot_state(self) -> tuple[str, bool]:
         """The isolation level of the transaction, and whether it has written or locked anything;

@@ -12,7 +12,9 @@ from typing import Any
 from django.core.management.base import CommandError
 from django.db import connections
 
-from . import statements
+from django_asyncsession.scanner import scanner
+from django_asyncsession.statements import controls_transaction
+
 from .formats import escape
 
 
@@ -48,7 +50,7 @@ def make_job(options: dict[str, Any]) -> Job:
     return Job(
         alias=alias,
         sql=sql,
-        statements=split_sql(sql, options["multi"]),
+        statements=split_sql(sql, options["multi"], connections[alias].vendor),
         params=parse_params(options["param"]),
         format=options["format"],
         limit=options["limit"],
@@ -87,19 +89,20 @@ def read_sql(argument: str | None, file: str | None) -> str:
     return sys.stdin.read()
 
 
-def split_sql(sql: str, multi: bool) -> list[str]:
+def split_sql(sql: str, multi: bool, vendor: str) -> list[str]:
     """The statements to run.
 
     Raises:
         CommandError: there is none, several without --multi, or one that ends our transaction.
     """
-    found = statements.split(sql)
+    reader = scanner(vendor)
+    found = reader.split(sql)
     if not found:
         raise CommandError("there is no statement in the SQL")
     if len(found) > 1 and not multi:
         raise CommandError(f"{len(found)} statements; --multi runs them in one transaction")
     for statement in found:
-        if word := statements.controls_transaction(statement):
+        if word := controls_transaction(statement, reader):
             raise CommandError(f"{word} is not possible here; --write commits, all else rolls back")
     # One statement goes to the database as it was written.
     return found if multi else [sql]

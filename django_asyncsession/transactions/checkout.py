@@ -63,10 +63,13 @@ class State(enum.Enum):
 
 
 class Source(Protocol):
-    """What a transaction needs of its database: the alias and connections."""
+    """What a transaction needs of its database: the alias, the kind and connections."""
 
     @property
     def alias(self) -> str: ...
+
+    @property
+    def vendor(self) -> str: ...
 
     async def acquire(self) -> Lease[BridgedMixin]: ...
 
@@ -92,7 +95,7 @@ class Checkout:
         contents: Contents | None,
     ) -> None:
         self._database = database
-        self.alias = database.alias
+        self.alias, self.vendor = database.alias, database.vendor
         self.autocommit, self.options = autocommit, options
         self.state = State.NEW
         self._site = site

@@ -24,7 +24,7 @@ class RawSQL(Checkout):
         Raises:
             MultipleStatements: more than one statement in `sql`.
         """
-        check_one_statement(sql)
+        check_one_statement(sql, self.vendor)
         return await self.run(self._execute, sql, params)
 
     async def cursor(self, sql: Any, params: Params = None) -> BaseResultSet:
@@ -33,13 +33,18 @@ class RawSQL(Checkout):
         Raises:
             MultipleStatements: more than one statement in `sql`.
         """
-        check_one_statement(sql)
+        check_one_statement(sql, self.vendor)
         cursor = await self.run(self._open_cursor, sql, params, stream=False)
         return BaseResultSet(cursor, self.run, buffered=self.wrapper.buffered_cursors)
 
     async def cursor_in_memory(self, sql: Any, params: Params = None) -> BaseResultSet:
         """Run one statement and return its result with all rows fetched, to be used when the
-        connection is gone."""
+        connection is gone.
+
+        Raises:
+            MultipleStatements: more than one statement in `sql`.
+        """
+        check_one_statement(sql, self.vendor)
 
         def fetch() -> MemoryCursor:
             cursor = self._open_cursor(sql, params, stream=False)

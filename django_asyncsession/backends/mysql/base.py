@@ -16,6 +16,7 @@ from django_asyncsession.backends.mysql import install_driver
 from django_asyncsession.backends.sockets import has_hung_up, is_quiet
 from django_asyncsession.bridge import await_, in_bridge
 from django_asyncsession.exceptions import ConfigurationError
+from django_asyncsession.scanner import MySQLScanner, Scanner, stripped
 
 # Before Django's backend, and what is below, import it.
 install_driver()
@@ -68,7 +69,6 @@ SHORTEST_WAIT = 0.5
 IDLE_TOO_LONG = 4031
 STATEMENT_TIMEOUTS = frozenset({1969, 3024})
 
-COMMENTS = re.compile(r"\A(?:\s+|--[^\n]*\n?|\#[^\n]*\n?|/\*(?!!).*?\*/|\()*", re.DOTALL)
 # Statements that change data, schema or the transaction, never the session on the server.
 HARMLESS = frozenset(
     {"select", "insert", "update", "delete", "replace", "with", "values", "table", "explain"}
@@ -243,11 +243,24 @@ class Mixin(BridgedMixin, _Base):
 
     # Statements
 
+    @property
+    def scanner(self) -> Scanner:
+        if "mysql_server_data" not in self.__dict__:
+            # It is being asked for now.
+            return super().scanner
+        modes, connection = self.sql_mode, self.connection
+        backslashes = "NO_BACKSLASH_ESCAPES" not in modes
+        if isinstance(connection, driver.Connection):
+            backslashes = connection.escapes_with_backslashes
+        major, minor, patch = self.mysql_version[:3]
+        version = major * 10_000 + minor * 100 + patch
+        return _scanner(backslashes, "ANSI_QUOTES" in modes, version, self.mysql_is_mariadb)
+
     def before_statement(self, sql: Any) -> None:
         super().before_statement(sql)
         if not isinstance(self.connection, driver.Connection):
             return
-        text = sql[COMMENTS.match(sql).end() :] if isinstance(sql, str) else ""  # type: ignore[union-attr]
+        text = stripped(sql, self.scanner) if isinstance(sql, str) else ""
         self.connection.commits_implicitly = False
         if self.in_atomic_block:
             self._note_end_of_transaction(text)
@@ -303,6 +316,11 @@ class Mixin(BridgedMixin, _Base):
         if self.connection is None or not self.cut:
             return None
         return self.connection.farewell()  # type: ignore[no-any-return]
+
+
+@cache
+def _scanner(backslashes: bool, ansi_quotes: bool, version: int, mariadb: bool) -> MySQLScanner:
+    return MySQLScanner(backslashes, ansi_quotes, version, mariadb)
 
 
 def _leaves_traces(text: str) -> bool:

@@ -169,6 +169,11 @@ class Connection:
             self.began = self.taken_back = False
             self.run(self.raw.query(sql))
 
+    @property
+    def escapes_with_backslashes(self) -> bool:
+        """Whether a backslash escapes in the server's strings, as it said last."""
+        return not self.raw.server_status & SERVER_STATUS_NO_BACKSLASH_ESCAPES
+
     # The transaction
 
     @property
@@ -308,6 +313,11 @@ class Connection:
             await self.raw.next_result(unbuffered=True)
         return self.raw._result
 
+    def changes(self, sql: str) -> bool:
+        """Whether the statement does more than read, as far as its text tells."""
+        wrapper = self._owner()
+        return wrapper is None or bool(change_in(sql, wrapper.scanner))
+
     def finish_stream(self) -> None:
         """Read what a streaming cursor has left, which stands in the way of anything else; skip it
         when nobody will read it."""
@@ -405,7 +415,7 @@ class Connection:
 
     def _binary_literal(self, value: bytes) -> bytes:
         # asyncmy escapes bytes with backslashes even when the server takes those for themselves.
-        if self.raw.server_status & SERVER_STATUS_NO_BACKSLASH_ESCAPES:
+        if not self.escapes_with_backslashes:
             return b"'" + value.replace(b"'", b"''") + b"'"
         text: str = converters.escape_bytes(value)
         return text.encode("ascii", "surrogateescape")
@@ -623,7 +633,7 @@ class StreamingCursor(Cursor):
 
     def execute(self, sql: Any, params: Any = None) -> int:
         self._executed = self.connection.mogrify(sql, params)
-        may_stop = isinstance(sql, str) and not change_in(sql)
+        may_stop = isinstance(sql, str) and not self.connection.changes(sql)
         result = self.connection.stream(self, self._executed, may_stop)
         self._show(result)
         self._result = result if result.unbuffered_active else None

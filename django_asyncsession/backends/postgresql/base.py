@@ -28,6 +28,7 @@ from django_asyncsession.backends.base import BridgedMixin, TransactionOptions, 
 from django_asyncsession.backends.sockets import has_hung_up, is_quiet
 from django_asyncsession.bridge import await_, in_bridge
 from django_asyncsession.exceptions import ConfigurationError
+from django_asyncsession.scanner import PostgreSQLScanner, Scanner
 
 from .sessionstate import changes_session
 
@@ -37,6 +38,7 @@ else:
     _Base = object
 
 RV = TypeVar("RV")
+STANDARD_STRINGS, OLD_STRINGS = PostgreSQLScanner(), PostgreSQLScanner(standard_strings=False)
 COPYING = (pq.ExecStatus.COPY_IN, pq.ExecStatus.COPY_OUT, pq.ExecStatus.COPY_BOTH)
 IDLE, ACTIVE = pq.TransactionStatus.IDLE, pq.TransactionStatus.ACTIVE
 
@@ -471,6 +473,15 @@ class Mixin(BridgedMixin, _Base):
         super().scrub()
         self._forget_cursors()
         self.connection.restore()
+
+    @property
+    def scanner(self) -> Scanner:
+        connection = self.connection
+        if connection is not None and not connection.closed:
+            said = connection.pgconn.parameter_status(b"standard_conforming_strings")
+            if said == b"off":
+                return OLD_STRINGS
+        return STANDARD_STRINGS
 
     def before_statement(self, sql: Any) -> None:
         if not self.touched and changes_session(sql):

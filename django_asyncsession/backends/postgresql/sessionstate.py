@@ -9,8 +9,9 @@ decides: what is known to change nothing needs no reset, and everything else is 
 from __future__ import annotations
 
 import re
-from functools import lru_cache
 from typing import Any
+
+from django_asyncsession.scanner import cached_by_text, scanner, stripped
 
 # Statements that change data, schema or the transaction, never the connection.
 HARMLESS = frozenset(
@@ -23,14 +24,15 @@ HARMLESS = frozenset(
 # Transaction-local forms of a statement that otherwise outlives it.
 LOCAL = re.compile(r"set\s+(local|transaction|constraints)\b")
 # Words that make a harmless statement one that leaves something behind.
-TRACES = re.compile(r"\b(temp|temporary|hold|pg_temp\w*|into\s+temp)\b|\bcreate\s+\w*\s*schema\b")
+TRACES = re.compile(
+    r"\b(temp|temporary|hold|pg_temp\w*|into\s+temp)\b|\bcreate\s++(?:(?!schema)\w++\s++)?schema\b"
+)
 # A name, quoted or not, which may be qualified; a limit keeps the search fast.
-_PART = r"""(?:"(?:[^"]|"")+"|[\w$]+)"""
-_NAME = rf"""(?<![\w$".])({_PART}(?:\s*\.\s*{_PART}){{0,3}})"""
+_PART = r"""(?:""|[\w$]+)"""
+_NAME = rf"""(?<![\w$".])({_PART}(?:\s*+\.\s*+{_PART}){{0,3}})"""
 # What may be a function call.
 CALL = re.compile(rf"{_NAME}\s*\(")
-COMMENT = re.compile(r"--[^\n]*|/\*.*?\*/", re.DOTALL)
-COMMENTS = re.compile(r"\A(?:\s+|--[^\n]*\n?|/\*.*?\*/|\()*", re.DOTALL)
+READER = scanner("postgresql")
 MAX_LENGTH = 20_000
 
 # What may stand before a parenthesis without being a function that keeps state: SQL words, types
@@ -82,9 +84,9 @@ def changes_session(sql: Any) -> bool:
     return not isinstance(sql, str) or len(sql) > MAX_LENGTH or _changes(sql)
 
 
-@lru_cache(maxsize=4096)
+@cached_by_text
 def _changes(sql: str) -> bool:
-    text = sql[COMMENTS.match(sql).end() :].lower()  # type: ignore[union-attr]
+    text = stripped(sql, READER).lower()
     first = re.match(r"\w+", text)
     if first is None:
         return bool(text)
@@ -94,8 +96,7 @@ def _changes(sql: str) -> bool:
     if ";" in text.rstrip().rstrip(";") or TRACES.search(text):
         return True
     lists = DDL_TABLE_LIST if first[0] in ("create", "alter") else TABLE_LIST
-    # A comment may stand between a name and its parenthesis, or a string may look like a comment.
-    return _calls_unknown(text, lists) or _calls_unknown(COMMENT.sub(" ", text), lists)
+    return _calls_unknown(text, lists)
 
 
 def _calls_unknown(text: str, lists: re.Pattern[str]) -> bool:

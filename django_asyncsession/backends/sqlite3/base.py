@@ -23,6 +23,7 @@ from django.db.backends.sqlite3 import base
 from django_asyncsession.backends import threaded
 from django_asyncsession.backends.base import TransactionOptions, TransactionState
 from django_asyncsession.conf import settings
+from django_asyncsession.scanner import stripped
 from django_asyncsession.statements import change_in
 
 if TYPE_CHECKING:
@@ -70,11 +71,10 @@ HARMLESS = frozenset(
     | {"alter", "drop", "begin", "commit", "end", "rollback", "savepoint", "release", "analyze"}
     | {"reindex", "vacuum"}
 )
-FIRST_WORD = re.compile(r"\A(?:\s|--[^\n]*\n|/\*.*?\*/)*(\w+)", re.DOTALL)
 TEMPORARY = re.compile(r"\b(temp|temporary)\b", re.IGNORECASE)
 # Asks without changing anything.
 ASKING_PRAGMA = re.compile(
-    r"\A\s*pragma\s+(\w+\s*;?\s*\Z|(\w+\.)?(table_x?info|table_list|index_x?info|index_list|"
+    r"\A\s*+pragma\s++(\w++\s*+;?+\s*+\Z|(\w++\.)?(table_x?info|table_list|index_x?info|index_list|"
     r"foreign_key_(list|check)|integrity_check|quick_check)\b)",
     re.IGNORECASE,
 )
@@ -447,17 +447,17 @@ class Mixin(threaded.Mixin, _Base):
 
     def before_statement(self, sql: Any) -> None:
         super().before_statement(sql)
-        first = FIRST_WORD.match(sql) if isinstance(sql, str) else None
-        word = first[1].lower() if first else ""
+        text = stripped(sql, self.scanner) if isinstance(sql, str) else ""
+        word = _first_word(text)
         raw_savepoint = word in ("savepoint", "release") and not self._own_savepoint
-        if raw_savepoint or change_in(str(sql)):
+        if raw_savepoint or change_in(str(sql), self.scanner):
             self.connection._must_lock = True
         if self._read_only and word not in READS:
-            self._check_reads(sql, word)
+            self._check_reads(text, word)
 
-    def _check_reads(self, sql: Any, word: str) -> None:
+    def _check_reads(self, text: str, word: str) -> None:
         """Refuse what would change files or settings although SQLite lets nothing be written."""
-        changes_settings = word == "pragma" and ASKING_PRAGMA.match(sql) is None
+        changes_settings = word == "pragma" and ASKING_PRAGMA.match(text) is None
         if not word or word in CHANGES_MORE or changes_settings:
             raise OperationalError(
                 f"{word.upper() or 'unknown SQL'} in a read-only session of {self.alias!r}; use a "
@@ -511,11 +511,13 @@ class Mixin(threaded.Mixin, _Base):
     # The end of a lease
 
     def is_harmless(self, sql: Any) -> bool:
-        if not isinstance(sql, str) or (first := FIRST_WORD.match(sql)) is None:
+        if not isinstance(sql, str):
             return False
-        if first[1].lower() == "pragma":
-            return ASKING_PRAGMA.match(sql) is not None
-        return first[1].lower() in HARMLESS and TEMPORARY.search(sql) is None
+        text = stripped(sql, self.scanner)
+        word = _first_word(text)
+        if word == "pragma":
+            return ASKING_PRAGMA.match(text) is not None
+        return word in HARMLESS and TEMPORARY.search(sql) is None
 
     def reset(self) -> None:
         super().reset()
@@ -551,6 +553,11 @@ def _locking(cls: Any) -> type:
 
     names = {"execute_sql": execute_sql, "__module__": cls.__module__}
     return type(cls.__name__, (cls,), names)
+
+
+def _first_word(text: str) -> str:
+    first = re.match(r"\w+", text)
+    return first[0].lower() if first else ""
 
 
 def _keep(name: str) -> None:

@@ -22,12 +22,13 @@ from django.db import Error
 
 from django_asyncsession.exceptions import AsyncSessionError
 from django_asyncsession.interface import databases
-from django_asyncsession.management import statements
 from django_asyncsession.management.formats import make_format
 from django_asyncsession.management.job import Job, describe, make_job, one_line
 from django_asyncsession.management.loop import run
 from django_asyncsession.results import BaseResultSet
+from django_asyncsession.scanner import scanner
 from django_asyncsession.session import Session
+from django_asyncsession.statements import is_query
 
 logger = logging.getLogger("django_asyncsession.asyncsql")
 
@@ -184,10 +185,12 @@ class Run:
         self._job, self._progress = job, progress
         self._out, self._err = command.stdout, command.stderr
         self._is_first = True
+        self._vendor = ""
 
     async def run(self) -> None:
         """Run every statement; then commit or roll back."""
         db = databases[self._job.alias]
+        self._vendor = db.vendor
         shown = asyncio.create_task(self._show_progress())
         try:
             async with db.get_session(
@@ -208,7 +211,7 @@ class Run:
 
     async def _run_one(self, session: Session, sql: str) -> None:
         async with session.hold() as transaction:
-            if statements.is_query(sql):
+            if is_query(sql, scanner(self._vendor)):
                 result = await transaction.stream(sql, self._job.params, ROWS_PER_CHUNK)
             else:
                 result = await transaction.cursor(sql, self._job.params)
