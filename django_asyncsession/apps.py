@@ -18,25 +18,29 @@ class AsyncSessionConfig(AppConfig):
     def __init__(self, app_name: str, app_module: Any) -> None:
         super().__init__(app_name, app_module)
         # Not in ready(): the first model class of the project loads the backend of "default".
-        from django.db import connections as django_connections
-
         from . import connections
-        from .backends.base import import_engines, install_drivers
+        from .backends.base import install_drivers
 
         connections.install()
-        engines = [entry["ENGINE"] for entry in django_connections.settings.values()]
-        install_drivers(engines)
-        import_engines(engines)
+        install_drivers(_engines())
 
     def ready(self) -> None:
-        """Answer Django's guards, before anything connects; register the system checks, and turn
-        native mode on if it is set."""
+        """Answer Django's guards, before anything connects; import the engines, which may need
+        models; register the system checks, and turn native mode on if it is set."""
         from . import checks, threadlocals  # noqa: F401
+        from .backends.base import import_engines
         from .bridge import answer_async_guards
         from .guards import explain
         from .native import follow_settings
 
         answer_async_guards(explain)
+        import_engines(_engines())
         follow_settings()
         setting_changed.connect(follow_settings)
         setting_changed.connect(threadlocals.follow_settings)
+
+
+def _engines() -> list[str]:
+    from django.db import connections
+
+    return [entry["ENGINE"] for entry in connections.settings.values()]

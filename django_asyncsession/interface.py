@@ -162,6 +162,7 @@ class DatabaseInterface:
     def _make_pool(self) -> Pool[BridgedMixin]:
         hold_back()
         bridge.check_guards_answered()
+        of_engine = self._wrapper_class.is_permanent
         return Pool(
             self._open_connection,
             _is_usable,
@@ -169,7 +170,7 @@ class DatabaseInterface:
             name=self.alias,
             options=self._pool_options(),
             setting=self._pool_setting,
-            is_permanent=self._is_permanent,
+            is_permanent=lambda e: isinstance(e, ConfigurationError) or of_engine(e),
             is_quiet=lambda wrapper: wrapper.is_quiet(),
         )
 
@@ -196,9 +197,6 @@ class DatabaseInterface:
             bridge.discard(_close(wrapper))
             raise
         return wrapper
-
-    def _is_permanent(self, error: BaseException) -> bool:
-        return isinstance(error, ConfigurationError) or self._wrapper_class.is_permanent(error)
 
     def _pool_options(self) -> PoolOptions:
         given: Any = settings.POOLS.get(self.alias)

@@ -16,7 +16,6 @@ from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from django.core.exceptions import ImproperlyConfigured
 from django.db import connections
 from django.db.backends.signals import connection_created
 from django.db.backends.utils import CursorWrapper
@@ -60,11 +59,13 @@ MIXINS = {
     "django.db.backends.sqlite3.base": "django_asyncsession.backends.sqlite3.base",
 }
 ANY_DRIVER = "django_asyncsession.backends.threaded"
-# Which package installs the driver of an engine that asks for another one's.
+# Which package installs the driver of an engine that asks for another one's. An engine of a third
+# party may derive from any of Django's, and cannot be asked before it is imported.
 STAND_INS = {
     "django.db.backends.mysql": "django_asyncsession.backends.mysql",
     "django.contrib.gis.db.backends.mysql": "django_asyncsession.backends.mysql",
 }
+KNOWN_ENGINES = ("django.db.backends.", "django.contrib.gis.", "django_asyncsession.")
 
 
 class TransactionState(enum.Enum):
@@ -699,7 +700,7 @@ def refusing(alias: str) -> Any:
     settings_dict = copy.deepcopy(connections.settings[alias])
     try:
         base = wrapper_class(settings_dict["ENGINE"])
-    except ImproperlyConfigured:
+    except ConfigurationError:
         # Its driver is missing. That is no business of a session that does not use it.
         base = wrapper_class("django.db.backends.dummy")
     return type("RefusingDatabaseWrapper", (RefusingMixin, base), {})(settings_dict, alias)
@@ -709,12 +710,13 @@ def wrapper_class(engine: str) -> Any:
     """The engine's own wrapper class.
 
     Raises:
-        ConfigurationError: there is no such engine, or its driver is not installed.
+        ConfigurationError: there is no such engine, its driver is not installed, or importing it
+            fails for a reason of its own.
     """
     install_drivers([engine])
     try:
         return load_backend(engine).DatabaseWrapper
-    except ImproperlyConfigured as exc:
+    except Exception as exc:
         raise _unusable(engine, exc) from exc
 
 
@@ -754,20 +756,27 @@ def install_drivers(engines: Iterable[str]) -> None:
 
     A driver that is not installed is left to Django's own message.
     """
-    for engine in STAND_INS.keys() & set(engines):
+    engines = set(engines)
+    wanted = {STAND_INS[engine] for engine in STAND_INS.keys() & engines}
+    if any(engine and not engine.startswith(KNOWN_ENGINES) for engine in engines):
+        wanted.update(STAND_INS.values())
+    for package in wanted:
         with suppress(ImportError):
-            import_module(STAND_INS[engine]).install_driver()
+            import_module(package).install_driver()
 
 
 def import_engines(engines: Iterable[str]) -> None:
     """Import what sessions on these engines need, so that the first of them does not hold the event
     loop up meanwhile.
 
-    An engine that cannot be bridged, or has no driver, is left to the error at its first use.
+    An engine that cannot be imported, or bridged, is left to the error at its first use: a project
+    may never come to that, and can use what else it has.
     """
     for engine in set(engines):
-        with suppress(ImproperlyConfigured, ImportError):
+        try:
             bridged_class(engine)
+        except Exception as exc:
+            logger.debug("engine %r is not imported before its first use: %r", engine, exc)
 
 
 @cache

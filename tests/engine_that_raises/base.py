@@ -1,0 +1,3 @@
+"""Raises what only its author knows."""
+
+raise RuntimeError("this engine needs something")

@@ -1,0 +1,1 @@
+"""Has what no engine has, and not what each has."""
