@@ -74,7 +74,9 @@ class Session:
             in parallel.
         isolation: "read committed", "repeatable read", "serializable"; None is the database's
             default.
-        read_only: refuse writes.
+        read_only: refuse writes, and SQL that would allow them or change settings of the server. It
+            guards against mistakes: code that uses PostgreSQL's driver directly, or a procedure of
+            MySQL's that allows itself to write, gets by.
         deferrable: wait for a snapshot that cannot fail (PostgreSQL, serializable and read-only).
         timeout: seconds that a statement may take.
         lock_timeout: seconds that a statement may wait for a lock.
@@ -460,7 +462,9 @@ class Session:
 
         def execute_script() -> None:
             wrapper: Any = connections[self.alias]
-            statements = [sql] if wrapper.multiple_statements else wrapper.scanner.split(sql)
+            # Each statement of a read-only session is looked at.
+            at_once = wrapper.multiple_statements and not wrapper.reads_only
+            statements = [sql] if at_once else wrapper.scanner.split(sql)
             with wrapper.cursor() as cursor:
                 for statement in statements:
                     cursor.execute(statement)

@@ -255,7 +255,7 @@ class BridgedMixin(_Wrapper):
     # Attributes that `scrub` leaves as they are: who uses the connection, and what `reset`, which
     # comes after it, decides by.
     left_to_reset: ClassVar[frozenset[str]] = frozenset(
-        {"serving", "lease", "abandoned", "cut", "touched", "_opened"}
+        {"serving", "lease", "abandoned", "cut", "touched", "reads_only", "_opened"}
     )
 
     pooled = False
@@ -266,6 +266,8 @@ class BridgedMixin(_Wrapper):
     abandoned = False
     # The task was cancelled, or the call closed, in the middle of a round trip.
     cut = False
+    # The session shall only read; set anew with each lease.
+    reads_only = False
     # COMMIT was answered by the server.
     commit_confirmed = False
     # The database took back the whole transaction, not only the statement that failed.
@@ -570,8 +572,30 @@ class BridgedMixin(_Wrapper):
 
         Raises:
             TransactionManagementError: as `check_alive`.
+            OperationalError: as `check_reads_only`.
         """
         self.check_alive()
+        if self.reads_only:
+            self.check_reads_only(sql)
+
+    def check_reads_only(self, sql: Any) -> None:
+        """Refuse, in a read-only session, SQL that would let it write, which the server itself does
+        not refuse.
+
+        Raises:
+            OperationalError: this is such SQL.
+        """
+        if not isinstance(sql, str):
+            sql = sql.as_string(None)
+        if escape := self.way_to_write(sql):
+            raise OperationalError(
+                f"{escape} in a read-only session of {self.alias!r}; use a session that may write"
+            )
+
+    def way_to_write(self, sql: str) -> str:
+        """The statement in short if it could make a read-only session write, or change what is not
+        data; else empty."""
+        return ""
 
     def note_change(self, sql: Any) -> None:
         """Note that a statement does more than read, unless it commits by itself."""

@@ -93,6 +93,35 @@ ENDS_TRANSACTION = re.compile(
 # What Django asks each server once, by what tells servers apart.
 _server_data: dict[tuple[Any, ...], dict[str, Any]] = {}
 
+# Before each statement of a read-only session, in the same packet.
+READ_ONLY = ("SET SESSION TRANSACTION READ ONLY",)
+# Statements that are made of others, which the server runs whatever they set.
+COMPOUND = frozenset({"BEGIN", "IF", "CASE", "LOOP", "REPEAT", "WHILE", "FOR", "DECLARE", "XA"})
+# Statements that can let a transaction write, and what they say then.
+SETTING = frozenset({"SET", "START"})
+OPENS = frozenset({"WRITE", "STATEMENT", "GLOBAL", "PERSIST", "PERSIST_ONLY", "PASSWORD", '""'})
+# Statements that a read-only transaction allows although they change the server, or run what is
+# in a string.
+CHANGES_MORE = frozenset(
+    {
+        "PREPARE",
+        "EXECUTE",
+        "FLUSH",
+        "KILL",
+        "PURGE",
+        "RESET",
+        "SHUTDOWN",
+        "CHANGE",
+        "STOP",
+        "CACHE",
+        "LOAD",
+    }
+    | {"BINLOG", "BACKUP", "CHECK", "REPAIR", "OPTIMIZE", "INSTALL", "UNINSTALL", "IMPORT"}
+)
+
+LOOKED_AT = COMPOUND | SETTING | CHANGES_MORE | {"ANALYZE"}
+INTO_FILE = re.compile(r"outfile|dumpfile", re.IGNORECASE)
+
 
 class Mixin(BridgedMixin, _Base):
     """What bridges Django's MySQL wrapper, or one that derives from it."""
@@ -155,6 +184,7 @@ class Mixin(BridgedMixin, _Base):
 
     def start(self, options: TransactionOptions) -> None:
         self.check_options(options)
+        self._read_only(options)
         connection = self.connection
         connection.began = connection.left_by_sql = connection.taken_back = False
         begin = "START TRANSACTION"
@@ -168,6 +198,7 @@ class Mixin(BridgedMixin, _Base):
 
     def configure_autocommit(self, options: TransactionOptions) -> None:
         self.check_options(options)
+        self._read_only(options)
         settings = self._timeouts(options)
         if options.isolation is not None:
             level = options.isolation.upper()
@@ -176,6 +207,25 @@ class Mixin(BridgedMixin, _Base):
             access = "READ ONLY" if options.read_only else "READ WRITE"
             settings.append(f"SET SESSION TRANSACTION {access}")
         self._set_in_session(settings)
+
+    def _read_only(self, options: TransactionOptions) -> None:
+        """Let the server refuse writes in what follows a COMMIT too, which it does itself before
+        statements that change the schema."""
+        self.reads_only = bool(options.read_only)
+        self.connection.always = READ_ONLY if options.read_only else ()
+        if options.read_only:
+            self.touched = True
+
+    def way_to_write(self, sql: str) -> str:
+        first = self.scanner.first_word(sql)
+        if first not in LOOKED_AT and INTO_FILE.search(sql) is None:
+            return ""
+        words = self.scanner.words(sql)
+        opens = first in SETTING and any(word in OPENS or "READ_ONLY" in word for word in words)
+        opens = opens or (first == "ANALYZE" and "TABLE" in words[:3])
+        opens = opens or (first in COMPOUND and words != ["BEGIN"])
+        opens = opens or first in CHANGES_MORE or not {"OUTFILE", "DUMPFILE"}.isdisjoint(words)
+        return " ".join(words[:3]) if opens else ""
 
     def _set_in_session(self, settings: list[str]) -> None:
         """Send these with the next statement, and reset the session afterwards."""
@@ -290,7 +340,7 @@ class Mixin(BridgedMixin, _Base):
     def reset(self) -> None:
         connection = self.connection
         connection.end_stream()
-        connection.prelude, connection.begin = (), driver.BEGIN
+        connection.prelude, connection.always, connection.begin = (), (), driver.BEGIN
         connection.left_by_sql = False
         if not self.touched:
             return

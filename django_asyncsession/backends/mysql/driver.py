@@ -88,8 +88,9 @@ class Connection:
         self._transport = raw._transport
         self.fd: int = raw._transport.get_extra_info("socket").fileno()
         self.begin = BEGIN
-        # Runs before the next statement, in the same packet.
+        # Runs before the next statement, and before each, in the same packet.
         self.prelude: tuple[str, ...] = ()
+        self.always: tuple[str, ...] = ()
         # A transaction was begun; it was ended by SQL that is not ours; by the server.
         self.began = self.left_by_sql = self.taken_back = False
         # The present statement commits what was done before it, as the server's rules have it.
@@ -181,11 +182,13 @@ class Connection:
         """Whether the server, when it last spoke, was in a transaction."""
         return bool(self.raw.server_status & SERVER_STATUS_IN_TRANS)
 
-    def _before(self) -> tuple[str, ...]:
+    def _before(self, sql: bytes) -> tuple[str, ...]:
         """What goes in front of the next statement."""
         if (wrapper := self._owner()) is not None and not wrapper.own_use:
             wrapper.note_unseen()
-        before, self.prelude = self.prelude, ()
+            if wrapper.reads_only:
+                wrapper.check_reads_only(sql.decode(errors="replace"))
+        before, self.prelude = self.always + self.prelude, ()
         if not self._autocommit and not self.in_transaction:
             before += self.begin
             self.began = True
@@ -278,7 +281,7 @@ class Connection:
             MySQLdb's errors, of whichever statement failed.
         """
         self.finish_stream()
-        before = self._before()
+        before = self._before(sql)
         text = "; ".join([*before, ""]).encode() + sql
         return self.run(self._results(text, len(before)))
 
@@ -297,7 +300,7 @@ class Connection:
             may_stop: it only reads, so that it need not run to its end.
         """
         self.finish_stream()
-        before = self._before()
+        before = self._before(sql)
         text = "; ".join([*before, ""]).encode() + sql
         result = self.run(self._first_rows(text, len(before)))
         self._streaming = weakref.ref(cursor) if result.unbuffered_active else None

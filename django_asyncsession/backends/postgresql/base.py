@@ -354,6 +354,12 @@ def _are_same(adapters: AdaptersMap, template: AdaptersMap) -> bool:
     )
 
 
+# Statements that can change how a transaction begins, or what it may do.
+SETTING = frozenset({"SET", "RESET", "DISCARD", "BEGIN", "START"})
+# What they say then; the sign is that of a name with escapes: U&"...".
+OPENS = frozenset({"WRITE", "&"})
+
+
 class Mixin(BridgedMixin, _Base):
     """What bridges Django's PostgreSQL wrapper, or one that derives from it."""
 
@@ -380,6 +386,7 @@ class Mixin(BridgedMixin, _Base):
         return connection
 
     def start(self, options: TransactionOptions) -> None:
+        self.reads_only = bool(options.read_only)
         self.connection.began = self.connection.left_by_sql = False
         self.connection.begin_sql = self._begin_sql(options) if options.given else None
 
@@ -396,6 +403,7 @@ class Mixin(BridgedMixin, _Base):
         return "; ".join([begin, *settings]).encode()
 
     def configure_autocommit(self, options: TransactionOptions) -> None:
+        self.reads_only = bool(options.read_only)
         settings = [f"SET {name} = {ms}" for name, ms in _timeouts(options)]
         if options.isolation is not None:
             settings.append(f"SET default_transaction_isolation = '{options.isolation}'")
@@ -406,6 +414,17 @@ class Mixin(BridgedMixin, _Base):
         if settings:
             self.touched = True
             self._ask("; ".join(settings))
+
+    def way_to_write(self, sql: str) -> str:
+        # A transaction that has read nothing yet can be made one that writes; so can the next.
+        first = self.scanner.first_word(sql)
+        if first not in SETTING:
+            return ""
+        words = self.scanner.words(sql)
+        name = next((word for word in words[1:] if word not in ("SESSION", "LOCAL")), "")
+        # A name in quotes may be that of any setting.
+        opens = "READ_ONLY" in name or name in ("ALL", '""') or not OPENS.isdisjoint(words)
+        return " ".join(words[:3]) if opens else ""
 
     @property
     def transaction_state(self) -> TransactionState:
@@ -484,6 +503,8 @@ class Mixin(BridgedMixin, _Base):
         return STANDARD_STRINGS
 
     def before_statement(self, sql: Any) -> None:
+        if self.reads_only:
+            self.check_reads_only(sql)
         if not self.touched and changes_session(sql):
             self.touched = True
 

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
-from django.db import OperationalError
 from django.db.backends.sqlite3 import base
 
 from django_asyncsession.backends import threaded
@@ -61,8 +60,6 @@ BEGIN = "BEGIN"
 # Isolation levels that promise more of what was read than that it was so.
 KEEPS_READS = frozenset({"repeatable read", "serializable"})
 
-# Statements that cannot change anything where nothing may be written.
-READS = frozenset({"select", "with", "values", "explain", "savepoint", "release", "rollback"})
 # Statements that change more than the database: other files, or what the connection has open.
 CHANGES_MORE = frozenset({"attach", "detach", "vacuum"})
 # Statements that leave nothing on the connection, unless they are about something temporary.
@@ -315,11 +312,10 @@ class Mixin(threaded.Mixin, _Base):
     unsupported_options = ("deferrable",)
     connection_class = Connection
     left_to_reset = threaded.Mixin.left_to_reset | {
-        "_read_only",
         "_keeps_reads",
         "_own_savepoint",
     }
-    _read_only = _keeps_reads = False
+    _keeps_reads = False
     # The savepoint statement that runs is Django's.
     _own_savepoint = False
 
@@ -402,8 +398,8 @@ class Mixin(threaded.Mixin, _Base):
         connection._prelude = ()
         connection._lock_timeout = options.lock_timeout or connection._default_lock_timeout
         self._keeps_reads = options.isolation in KEEPS_READS
-        self._read_only = connection._read_only = bool(options.read_only)
-        if self._read_only:
+        self.reads_only = connection._read_only = bool(options.read_only)
+        if self.reads_only:
             connection._prelude = ("PRAGMA query_only = ON",)
 
     def _start_transaction_under_autocommit(self) -> None:
@@ -411,7 +407,7 @@ class Mixin(threaded.Mixin, _Base):
             super()._start_transaction_under_autocommit()
             return
         mode = "IMMEDIATE" if self._keeps_reads else None
-        mode = "DEFERRED" if self._read_only else self.transaction_mode or mode
+        mode = "DEFERRED" if self.reads_only else self.transaction_mode or mode
         self.connection._begin_with(f"BEGIN {mode}" if mode else BEGIN)
 
     def lock(self) -> None:
@@ -452,17 +448,14 @@ class Mixin(threaded.Mixin, _Base):
         raw_savepoint = word in ("savepoint", "release") and not self._own_savepoint
         if raw_savepoint or change_in(str(sql), self.scanner):
             self.connection._must_lock = True
-        if self._read_only and word not in READS:
-            self._check_reads(text, word)
 
-    def _check_reads(self, text: str, word: str) -> None:
-        """Refuse what would change files or settings although SQLite lets nothing be written."""
-        changes_settings = word == "pragma" and ASKING_PRAGMA.match(text) is None
-        if not word or word in CHANGES_MORE or changes_settings:
-            raise OperationalError(
-                f"{word.upper() or 'unknown SQL'} in a read-only session of {self.alias!r}; use a "
-                "session that may write"
-            )
+    def way_to_write(self, sql: str) -> str:
+        # SQLite lets nothing be written; these change settings, or other files.
+        text = stripped(sql, self.scanner)
+        word = _first_word(text)
+        if word == "pragma":
+            return "" if ASKING_PRAGMA.match(text) else "PRAGMA"
+        return word.upper() if word in CHANGES_MORE else "" if word else "unknown SQL"
 
     def _set_autocommit(self, autocommit: bool) -> None:
         # Setting what is set already would commit an open transaction.
@@ -527,9 +520,9 @@ class Mixin(threaded.Mixin, _Base):
         connection._prelude = ()
         connection._must_lock = False
         connection._lock_timeout = connection._default_lock_timeout
-        if self._read_only or connection._reading:
+        if self.reads_only or connection._reading:
             connection._call(connection._raw.execute, "PRAGMA query_only = OFF")
-            self._read_only = connection._read_only = connection._reading = False
+            self.reads_only = connection._read_only = connection._reading = False
 
 
 def _last(names: list[str], name: str) -> int:

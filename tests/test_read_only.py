@@ -1,0 +1,204 @@
+"""Read-only sessions: whatever SQL they run, the database is as it was, in both modes; and the next
+session on the connection may write."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
+from typing import Any
+
+import pytest
+from django.core.management import CommandError, call_command
+from django.db import DatabaseError, OperationalError, connections
+
+from django_asyncsession import AsyncSessionError, DatabaseInterface
+
+# What the database itself refuses.
+REFUSED = [
+    "INSERT INTO guarded (n) VALUES (2)",
+    "UPDATE guarded SET n = 2",
+    "DELETE FROM guarded",
+    "CREATE TABLE made (n integer)",
+    "ALTER TABLE guarded ADD COLUMN more integer",
+    "DROP TABLE guarded",
+    "CREATE INDEX made ON guarded (n)",
+    "CREATE VIEW made AS SELECT 1",
+]
+# What would open the door for the next statement, or change something without one.
+DOORS = {
+    "postgresql": [
+        "SET TRANSACTION READ WRITE",
+        "SET transaction_read_only = off",
+        'SET LOCAL "transaction_read_only" = off',
+        "/* x */ set session default_transaction_read_only to off",
+        "SET SESSION CHARACTERISTICS AS TRANSACTION READ WRITE",
+        'SET U&"\\0074ransaction_read_only" = off',
+        "RESET default_transaction_read_only",
+        "RESET ALL",
+        "DISCARD ALL",
+        "START TRANSACTION READ WRITE",
+    ],
+    "mysql": [
+        "SET SESSION TRANSACTION READ WRITE",
+        "SET @@session.tx_read_only = 0",
+        "SET `tx_read_only` = 0",
+        "SET STATEMENT tx_read_only = 0 FOR DELETE FROM guarded",
+        "START TRANSACTION READ WRITE",
+        "BEGIN NOT ATOMIC SET SESSION TRANSACTION READ WRITE; DELETE FROM guarded; END",
+        "IF 1 THEN SET SESSION TRANSACTION READ WRITE; DELETE FROM guarded; END IF",
+        "/*! BEGIN NOT ATOMIC SET tx_read_only = 0; DELETE FROM guarded; END */",
+        "EXECUTE IMMEDIATE 'SET STATEMENT tx_read_only = 0 FOR DELETE FROM guarded'",
+        "SET GLOBAL net_write_timeout = 61",
+        "FLUSH TABLES",
+        "ANALYZE TABLE guarded",
+        "KILL QUERY 0",
+        "SELECT 1 INTO OUTFILE '/tmp/made'",
+    ],
+    "sqlite": [
+        "PRAGMA query_only = OFF",
+        "/**/ pragma query_only(0)",
+        "PRAGMA journal_mode = DELETE",
+        "ATTACH ':memory:' AS other",
+        "VACUUM",
+    ],
+}
+TRUNCATES = {"postgresql": ["TRUNCATE guarded"], "mysql": ["TRUNCATE TABLE guarded"], "sqlite": []}
+HARMLESS = {
+    "postgresql": ["SET LOCAL statement_timeout = 9999", 'SET search_path = "$user", public'],
+    "mysql": ["SET @x = 1", "SET NAMES utf8mb4", "ANALYZE SELECT 1", "SELECT 'INTO OUTFILE'"],
+    "sqlite": ["PRAGMA table_info(guarded)", "EXPLAIN DELETE FROM guarded"],
+}
+
+START = [
+    "DROP TABLE IF EXISTS made",
+    "DROP TABLE IF EXISTS guarded",
+    "CREATE TABLE guarded (n integer)",
+    "INSERT INTO guarded (n) VALUES (1)",
+]
+
+
+def ask(alias: str, *statements: str) -> Any:
+    """The rows of the last statement, over Django's own connection."""
+    with connections[alias].cursor() as cursor:
+        for sql in statements:
+            cursor.execute(sql)
+        return cursor.fetchall() if cursor.description else None
+
+
+@pytest.fixture
+async def guarded(alias: str) -> AsyncIterator[DatabaseInterface]:
+    """Each database in turn, with a table of one row, and one connection in the pool."""
+    settings_dict = connections.settings[alias]
+    pool = {"max_size": 1, "timeout": 5}
+    entry = {**settings_dict, "OPTIONS": {**settings_dict["OPTIONS"], "pool": pool}}
+    db = DatabaseInterface(alias, entry)
+    async with db.get_session(autocommit=True) as session:
+        for sql in START:
+            await session.execute(sql)
+    yield db
+    async with db.get_session(autocommit=True) as session:
+        await session.execute("DROP TABLE IF EXISTS guarded")
+    await db.close()
+
+
+async def untouched(db: DatabaseInterface) -> None:
+    """Assert that the table is as it was, and that nothing of read-only stays."""
+    async with db.get_session() as session:
+        rows = await session.fetch_all("SELECT * FROM guarded")
+        assert rows == [(1,)]
+        await session.execute("UPDATE guarded SET n = 2")
+        session.set_rollback(True)
+    async with db.get_session(autocommit=True) as session:
+        await session.execute("UPDATE guarded SET n = 1")
+        with pytest.raises(DatabaseError):
+            await session.execute("SELECT * FROM made")
+
+
+@pytest.mark.parametrize("autocommit", [False, True], ids=["transaction", "autocommit"])
+async def test_a_read_only_session_changes_nothing(
+    guarded: DatabaseInterface, autocommit: bool
+) -> None:
+    for sql in REFUSED + TRUNCATES[guarded.vendor] + DOORS[guarded.vendor]:
+        with pytest.raises(DatabaseError):
+            async with guarded.get_session(read_only=True, autocommit=autocommit) as session:
+                await session.execute(sql)
+                await session.execute("DELETE FROM guarded")
+        await untouched(guarded)
+
+
+@pytest.mark.parametrize("autocommit", [False, True], ids=["transaction", "autocommit"])
+async def test_code_that_goes_on_after_a_refusal_changes_nothing(
+    guarded: DatabaseInterface, autocommit: bool
+) -> None:
+    """Each statement is tried behind each other one on one connection, and by the driver too."""
+
+    def attack(door: str) -> None:
+        wrapper = connections[guarded.alias]
+        for sql in (door, "DELETE FROM guarded", "COMMIT", door, *REFUSED, "COMMIT"):
+            with suppress(Exception), wrapper.cursor() as cursor:
+                cursor.execute(sql)
+        if guarded.vendor == "postgresql":
+            # psycopg's own cursors are not looked at.
+            return
+        for sql in (door, "DELETE FROM guarded", "COMMIT"):
+            with suppress(Exception), wrapper.connection.cursor() as cursor:
+                cursor.execute(sql)
+
+    for door in DOORS[guarded.vendor]:
+        with suppress(Exception):
+            async with guarded.get_session(read_only=True, autocommit=autocommit) as session:
+                await session.run_sync(attack, door)
+        await untouched(guarded)
+
+
+async def test_a_script_of_a_read_only_session_changes_nothing(guarded: DatabaseInterface) -> None:
+    for autocommit in (False, True):
+        for door in DOORS[guarded.vendor]:
+            with pytest.raises(DatabaseError):
+                async with guarded.get_session(read_only=True, autocommit=autocommit) as session:
+                    await session.execute_script(f"SELECT 1; {door}; DELETE FROM guarded; COMMIT")
+            await untouched(guarded)
+
+
+async def test_a_read_only_session_runs_what_only_reads(guarded: DatabaseInterface) -> None:
+    for autocommit in (False, True):
+        async with guarded.get_session(read_only=True, autocommit=autocommit) as session:
+            for sql in HARMLESS[guarded.vendor]:
+                await session.execute(sql)
+            assert await session.fetch_value("SELECT n FROM guarded") == 1
+            assert [row async for row in session.stream("SELECT n FROM guarded")] == [(1,)]
+        await untouched(guarded)
+
+
+async def test_the_refusal_names_the_statement_and_the_remedy(guarded: DatabaseInterface) -> None:
+    door = DOORS[guarded.vendor][0]
+    with pytest.raises(OperationalError, match=r"in a read-only session of .*; use a session that"):
+        async with guarded.get_session(read_only=True) as session:
+            await session.execute(door)
+
+
+@pytest.fixture
+def no_terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    yield
+
+
+def test_asyncsql_without_write_changes_nothing(alias: str, no_terminal: None) -> None:
+    """Whatever it is given; what it cannot run it refuses, and what it ran is rolled back."""
+    vendor = connections[alias].vendor
+    ask(alias, *START)
+    everything = [*REFUSED, *TRUNCATES[vendor], *DOORS[vendor], "COMMIT", "ROLLBACK"]
+    try:
+        for sql in everything:
+            for more in ([], ["--multi"]):
+                text = f"{sql}; DELETE FROM guarded; COMMIT" if more else sql
+                out = {"stdout": io.StringIO(), "stderr": io.StringIO()}
+                with suppress(CommandError, AsyncSessionError):
+                    call_command("asyncsql", text, "--database", alias, *more, **out)
+                assert list(ask(alias, "SELECT * FROM guarded")) == [(1,)], sql
+    finally:
+        ask(alias, "DROP TABLE guarded")
+        assert "made" not in connections[alias].introspection.table_names()
+        connections[alias].close()
