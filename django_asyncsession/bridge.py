@@ -18,7 +18,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, NoReturn, ParamSpec, TypeVar, cast
 
 from greenlet import getcurrent, greenlet
 
@@ -163,15 +163,20 @@ def await_(awaitable: Awaitable[T]) -> T:
             closed unawaited.
         Whatever the awaitable raises, `CancelledError` included.
     """
-    box = _boxed(awaitable)
-    # The garbage collector cannot look into a suspended greenlet: an awaitable held there, which
-    # leads to the waiting task and so back to the greenlet, would outlive its loop for ever.
-    del awaitable
+    bridge = getcurrent()
+    if not isinstance(bridge, Bridge) or bridge.closing:
+        _refuse(awaitable)
+    # Neither in a local of a suspended frame: its own greenlet would be a cycle, and the garbage
+    # collector cannot look into a suspended greenlet, so that an awaitable held there, which leads
+    # to the waiting task and so back to the greenlet, would outlive its loop for ever.
+    parent: Any = bridge.parent
+    box = [awaitable]
+    del awaitable, bridge
     handled = sys.exception()
     if handled is None:
-        return cast(T, getcurrent().parent.switch(box))  # type: ignore[union-attr]
+        return cast(T, parent.switch(box))
     try:
-        return cast(T, getcurrent().parent.switch(box))  # type: ignore[union-attr]
+        return cast(T, parent.switch(box))
     except BaseException as error:
         _chain(error, handled)
         raise
@@ -202,29 +207,22 @@ def hand_out(awaitable: Awaitable[T]) -> T:
     Raises:
         As `await_`.
     """
-    box = _boxed(awaitable)
-    del awaitable
-    return cast(T, getcurrent().parent.switch(box))  # type: ignore[union-attr]
+    bridge = getcurrent()
+    if not isinstance(bridge, Bridge) or bridge.closing:
+        _refuse(awaitable)
+    parent: Any = bridge.parent
+    box = [awaitable]
+    del awaitable, bridge
+    return cast(T, parent.switch(box))
 
 
-def _boxed(awaitable: Awaitable[T]) -> list[Awaitable[T]]:
-    """What the greenlet hands to its parent, which empties it.
-
-    Raises:
-        BridgeError: nothing can be awaited here.
-    """
-    # The greenlet is not kept in a local: its own frame would refer to it, a cycle for the garbage
-    # collector.
-    if not in_bridge():
-        discard(awaitable)
-        raise BridgeError(
-            "await_() called outside bridge.run(); call it from sync code that session.run_sync() "
-            "runs"
-        )
-    if getcurrent().closing:  # type: ignore[attr-defined]
-        discard(awaitable)
+def _refuse(awaitable: Awaitable[Any]) -> NoReturn:
+    discard(awaitable)
+    if in_bridge():
         raise BridgeError("nothing can be awaited while the suspended run() is being closed")
-    return [awaitable]
+    raise BridgeError(
+        "await_() called outside bridge.run(); call it from sync code that session.run_sync() runs"
+    )
 
 
 def await_here(awaitable: Awaitable[T]) -> T:
@@ -274,7 +272,7 @@ def get_running_loop() -> asyncio.AbstractEventLoop:
         RuntimeError: in the bridge, or when there is no running event loop.
         Exception: what `explain` of `answer_async_guards` knows better.
     """
-    if in_bridge():
+    if isinstance(getcurrent(), Bridge):
         raise RuntimeError("no running event loop")
     loop = asyncio.get_running_loop()
     if "DJANGO_ALLOW_ASYNC_UNSAFE" not in os.environ and (error := _explain()) is not None:

@@ -19,8 +19,11 @@ class Connections(type(connections)):  # type: ignore[misc]
     def __getitem__(self, alias: str) -> Any:
         """The connection of an alias."""
         call = getcurrent()
-        if isinstance(call, Bridge) and (wrapper := call.connection(alias)) is not None:
-            return wrapper
+        if isinstance(call, Bridge):
+            if (wrapper := call.wrapper) is not None and wrapper.alias == alias:
+                return wrapper
+            if (wrapper := call.connection(alias)) is not None:
+                return wrapper
         return super().__getitem__(alias)
 
     def create_connection(self, alias: str) -> Any:

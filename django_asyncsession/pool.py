@@ -16,10 +16,8 @@ import copy
 import dataclasses
 import logging
 import math
-import os
 import random
 import sys
-import threading
 import time
 import warnings
 import weakref
@@ -27,15 +25,11 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator
 from functools import partial
 from numbers import Real
-from pathlib import Path
-from types import FrameType
 from typing import Any, ClassVar, Generic, TypeVar
-
-import asgiref
-import django
 
 from .bridge import discard
 from .exceptions import ConfigurationError, PoolClosed, PoolTimeout, TooManyWaiting, WrongLoopError
+from .origins import RequestSite, Site, creation_site, loop_name, task_name
 
 logger = logging.getLogger("django_asyncsession.pool")
 
@@ -55,15 +49,6 @@ TOLD_AT_ONCE = 100
 LIFETIME_SPREAD = 0.1
 # Said to a task that waits for itself.
 NESTED = " (nested acquire: this task holds one already)"
-# Frames that say nothing of who asked: this package's own, and those of `async with`.
-_OURS = (str(Path(__file__).parent) + os.sep, contextlib.__file__)
-# Those of who only runs the one who asked: the event loop, threads, Django, `python -m`.
-_AROUND = (
-    *_OURS,
-    *(str(Path(str(m.__file__)).parent) + os.sep for m in (asyncio, asgiref, django)),
-    threading.__file__,
-    "<frozen ",
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,7 +125,8 @@ class Lease(Generic[C]):
         self.since = time.monotonic()
         # What the connection may know of its lease; the lease itself would be a cycle.
         self.token = object()
-        self.site = self.made_at = creation_site()
+        self.site: Site = creation_site()
+        self.made_at: Site | str = self.site
         self.task = task_name()
         pool._leases.add(self)
         self.released = False
@@ -231,7 +217,7 @@ class Pool(Generic[C]):
         self._overdue: deque[tuple[asyncio.Future[_Entry[C]], float, str]] = deque()
         self._leases: weakref.WeakSet[Lease[C]] = weakref.WeakSet()
         # Where the sessions were made whose connections were closed under them.
-        self.cut_off: list[str] = []
+        self.cut_off: list[Site | str] = []
         # Places taken: idle, leased, being opened, checked and closed.
         self._size = self._opening = self._leased = 0
         # Callers that keep a connection while they wait for another one.
@@ -915,48 +901,3 @@ def _again(error: BaseException) -> BaseException:
         return error.with_traceback(None)
     fresh.__cause__ = error.__cause__
     return fresh
-
-
-def loop_name(loop: asyncio.AbstractEventLoop | None) -> str:
-    """An event loop as messages call it: the `repr` of two loops is often the same."""
-    if loop is None:
-        return "a thread without an event loop"
-    state = "closed" if loop.is_closed() else "running" if loop.is_running() else "stopped"
-    return f"the {state} event loop {type(loop).__name__} at {id(loop):#x}"
-
-
-class RequestSite(str):
-    """A request, where messages otherwise say where a session was made."""
-
-    # Characters of a path that are shown.
-    LONGEST = 200
-
-    @classmethod
-    def of(cls, method: object, path: str) -> RequestSite:
-        """The words for a request: its method and its path, without the query."""
-        shown = path if len(path) <= cls.LONGEST else f"{path[: cls.LONGEST]}..."
-        return cls(f"request {method} {shown!r}")
-
-
-def creation_site() -> str:
-    """File, line and function of the nearest caller outside this package; one outside of asyncio
-    and Django, if there is one."""
-    here = sys._getframe(1)
-    nearest = _outside(here, _OURS) or here
-    frame = _outside(nearest, _AROUND) or nearest
-    return f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
-
-
-def _outside(frame: FrameType | None, places: tuple[str, ...]) -> FrameType | None:
-    while frame is not None and frame.f_code.co_filename.startswith(places):
-        frame = frame.f_back
-    return frame
-
-
-def task_name() -> str:
-    """Name of the current task, for messages."""
-    try:
-        task = asyncio.current_task()
-    except RuntimeError:
-        task = None
-    return "no task" if task is None else task.get_name()

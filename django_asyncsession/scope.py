@@ -17,7 +17,7 @@ from django.http import HttpRequest
 from .conf import settings
 from .exceptions import SyncContextError
 from .interface import databases
-from .pool import RequestSite
+from .origins import RequestSite
 from .session import Session
 from .sessionset import SessionSet
 from .transactions.transaction import end_later

@@ -27,7 +27,7 @@ from django.db.models import Model
 from . import parallel, rows, threadlocals
 from .backends.base import TransactionOptions
 from .exceptions import SessionStateError
-from .pool import creation_site
+from .origins import creation_site
 from .queries import DeleteQuery, InsertQuery, Related, SelectQuery, UpdateQuery
 from .results import BaseResultSet, Reader, Row
 from .statements import check_one_statement

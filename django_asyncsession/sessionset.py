@@ -23,7 +23,7 @@ from .backends.base import BridgedMixin
 from .conf import settings
 from .exceptions import SessionClosedError, SessionInUseError
 from .interface import databases
-from .pool import task_name
+from .origins import task_name
 from .session import Session
 from .transactions.checkout import taken
 

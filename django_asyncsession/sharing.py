@@ -31,7 +31,8 @@ from .exceptions import (
     SharedConnectionWarning,
 )
 from .interface import IDENTITY, DatabaseInterface, databases
-from .pool import Lease, Pool, creation_site, task_name
+from .origins import creation_site, task_name
+from .pool import Lease, Pool
 from .transactions.checkout import taken
 
 
@@ -232,7 +233,7 @@ class SharedSource:
         """The turns of sessions that are open, but for those of the test's own."""
         return [lease for lease in self._open if not lease.lends]
 
-    def settle(self) -> list[str]:
+    def settle(self) -> list[Any]:
         """Roll back what open sessions did, blocking; return where those that were left open were
         made."""
         wrapper = self.wrapper
@@ -299,7 +300,7 @@ class RealSessions:
         self._before = {lease for pool in _pools() for lease in pool.leases}
         self._ended = {pool for pool in _pools() if pool.is_orphaned}
 
-    def end(self) -> list[str]:
+    def end(self) -> list[Any]:
         """End them, blocking, and say where the sessions were made; to be called before the test
         case empties the tables."""
         _close_in_thread()
@@ -379,7 +380,7 @@ class Sharing:
         shared = {alias: source.wrapper for alias, source in self.sources.items()}
         handler._connections = SharedStorage(shared)
 
-    def settle(self) -> list[str]:
+    def settle(self) -> list[Any]:
         """End the sessions that are still open, and say where they were made; to be called before
         the test case rolls back."""
         left = [site for source in self.sources.values() for site in source.settle()]

@@ -30,7 +30,8 @@ from django_asyncsession.exceptions import (
     TooManyWaiting,
     WrongLoopError,
 )
-from django_asyncsession.pool import Lease, Pool, PoolOptions, creation_site
+from django_asyncsession.origins import creation_site
+from django_asyncsession.pool import Lease, Pool, PoolOptions
 from tests.faults import Elapsed, LoopProbe, cancel_at, longest_stall, outcome_of, watchdog
 
 STATS_OF_PSYCOPG_POOL = {
@@ -338,7 +339,7 @@ def test_who_asked_is_named_behind_django_and_the_event_loop() -> None:
         return str(SimpleLazyObject(creation_site))
 
     for caller in (through_the_loop, through_django):
-        site = caller()
+        site = str(caller())
         assert site.startswith(f"{__file__}:") and site.endswith(f" in {caller.__name__}")
 
 
@@ -350,7 +351,7 @@ def test_when_nobody_else_asked_the_nearest_place_is_named() -> None:
     thread = threading.Thread(target=names["run"])
     thread.start()
     thread.join()
-    assert sites[0].startswith(f"{threading.__file__}:")
+    assert str(sites[0]).startswith(f"{threading.__file__}:")
 
 
 async def test_thousands_that_time_out_together_are_told_without_holding_up_the_loop() -> None:

@@ -49,7 +49,7 @@ FETCHING = frozenset({"fetchone", "fetchmany", "fetchall", "nextset", "close"})
 class Holder(Protocol):
     """What the connection knows of the session that uses it."""
 
-    made_at: str
+    made_at: Any
     released: bool
     # The session's savepoint, until it is rolled back.
     sid: str | None
@@ -307,7 +307,7 @@ class SharedMixin(BridgedMixin):
 class _OverMixin(BridgedMixin):
     """A connection that cannot be used, for a session that was ended from outside."""
 
-    made_at = ""
+    made_at: Any = ""
     abandoned = True
 
     def connect(self) -> None:
@@ -317,7 +317,7 @@ class _OverMixin(BridgedMixin):
         )
 
 
-def over(shared_class: type[SharedMixin], wrapper: SharedMixin, made_at: str) -> Any:
+def over(shared_class: type[SharedMixin], wrapper: SharedMixin, made_at: Any) -> Any:
     """A connection for a session that was ended from outside; it says so when it is used.
 
     Args:

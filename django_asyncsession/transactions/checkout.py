@@ -23,13 +23,8 @@ from django_asyncsession.exceptions import (
     SessionStateError,
     WrongLoopError,
 )
-from django_asyncsession.pool import (
-    Lease,
-    RequestSite,
-    creation_site,
-    loop_name,
-    task_name,
-)
+from django_asyncsession.origins import RequestSite, Site, creation_site, loop_name, task_name
+from django_asyncsession.pool import Lease
 from django_asyncsession.threadlocals import Contents
 
 from .turn import Mark, Task, Turn, inside
@@ -91,7 +86,7 @@ class Checkout:
         *,
         autocommit: bool,
         options: TransactionOptions,
-        site: str,
+        site: Site | str,
         contents: Contents | None,
     ) -> None:
         self._database = database
@@ -426,7 +421,7 @@ def _clean(wrapper: BridgedMixin) -> None:
     wrapper.reset()
 
 
-def session_closed(alias: str, site: str, how: str = "is closed") -> SessionClosedError:
+def session_closed(alias: str, site: Site | str, how: str = "is closed") -> SessionClosedError:
     """The error for a session that is used after its end.
 
     Args:
@@ -441,7 +436,7 @@ def session_closed(alias: str, site: str, how: str = "is closed") -> SessionClos
     return SessionClosedError(f"the session of {alias!r} made at {site} {how}; make a new one")
 
 
-def check_loop(loop: asyncio.AbstractEventLoop | None, alias: str, site: str) -> None:
+def check_loop(loop: asyncio.AbstractEventLoop | None, alias: str, site: Site | str) -> None:
     """Refuse to use what belongs to `loop` anywhere else.
 
     Args:

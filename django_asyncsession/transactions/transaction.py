@@ -15,7 +15,7 @@ from django.db.transaction import Atomic, TransactionManagementError
 
 from django_asyncsession.backends.base import BridgedMixin, TransactionOptions, TransactionState
 from django_asyncsession.exceptions import CommitUnknown, SessionClosedError, SessionStateError
-from django_asyncsession.pool import creation_site
+from django_asyncsession.origins import Site, creation_site
 from django_asyncsession.statements import check_savepoint_name
 from django_asyncsession.threadlocals import Contents
 
@@ -67,7 +67,7 @@ class Transaction(RawSQL):
         database: Source,
         *,
         autocommit: bool = False,
-        site: str | None = None,
+        site: Site | str | None = None,
         contents: Contents | None = None,
         options: TransactionOptions | None = None,
         **given: Any,

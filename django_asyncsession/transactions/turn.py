@@ -8,7 +8,7 @@ from collections import deque
 from typing import Any
 
 from django_asyncsession.exceptions import SessionInUseError
-from django_asyncsession.pool import task_name
+from django_asyncsession.origins import task_name
 
 Task = asyncio.Task[Any]
 Mark = contextvars.Token[tuple[object, ...]]

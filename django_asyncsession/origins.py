@@ -1,0 +1,94 @@
+"""Who asked: the line of the caller outside this package, and the name of the task."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import sys
+import threading
+from pathlib import Path
+from types import CodeType, FrameType
+
+import asgiref
+import django
+
+# Frames that say nothing of who asked: this package's own, and those of `async with`.
+_OURS = (str(Path(__file__).parent) + os.sep, contextlib.__file__)
+# Those of who only runs the one who asked: the event loop, threads, Django, `python -m`.
+_AROUND = (
+    *_OURS,
+    *(str(Path(str(m.__file__)).parent) + os.sep for m in (asyncio, asgiref, django)),
+    threading.__file__,
+    "<frozen ",
+)
+# Which files these are: asked of each frame on the way, so kept.
+_says_nothing: dict[tuple[str, ...], dict[str, bool]] = {_OURS: {}, _AROUND: {}}
+
+
+class Site(tuple[CodeType, int]):
+    """A place in the code: `file:line in function` when it is shown, which most never are."""
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        code, instruction = self
+        line = next(
+            (at for start, end, at in code.co_lines() if start <= instruction < end and at),
+            code.co_firstlineno,
+        )
+        return f"{code.co_filename}:{line} in {code.co_name}"
+
+    __repr__ = __str__
+
+
+class RequestSite(str):
+    """A request, where messages otherwise say where a session was made."""
+
+    # Characters of a path that are shown.
+    LONGEST = 200
+
+    @classmethod
+    def of(cls, method: object, path: str) -> RequestSite:
+        """The words for a request: its method and its path, without the query."""
+        shown = path if len(path) <= cls.LONGEST else f"{path[: cls.LONGEST]}..."
+        return cls(f"request {method} {shown!r}")
+
+
+def creation_site() -> Site:
+    """The nearest caller outside this package; one outside of asyncio and Django, if there is
+    one."""
+    here = sys._getframe(1)
+    nearest = _outside(here, _OURS) or here
+    frame = _outside(nearest, _AROUND) or nearest
+    return Site((frame.f_code, frame.f_lasti))
+
+
+def _outside(frame: FrameType | None, places: tuple[str, ...]) -> FrameType | None:
+    known = _says_nothing[places]
+    while frame is not None:
+        file = frame.f_code.co_filename
+        nothing = known.get(file)
+        if nothing is None:
+            nothing = known[file] = file.startswith(places)
+        if not nothing:
+            return frame
+        frame = frame.f_back
+    return None
+
+
+def task_name() -> str:
+    """Name of the current task, for messages."""
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:
+        task = None
+    return "no task" if task is None else task.get_name()
+
+
+def loop_name(loop: asyncio.AbstractEventLoop | None) -> str:
+    """An event loop as messages call it: the `repr` of two loops is often the same."""
+    if loop is None:
+        return "a thread without an event loop"
+    state = "closed" if loop.is_closed() else "running" if loop.is_running() else "stopped"
+    return f"the {state} event loop {type(loop).__name__} at {id(loop):#x}"
