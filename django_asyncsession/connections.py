@@ -29,11 +29,10 @@ class Connections(type(connections)):  # type: ignore[misc]
     def create_connection(self, alias: str) -> Any:
         """A new connection of an alias; one that refuses to connect, and says which driver to
         install, when its engine cannot be imported."""
-        settings_dict = self.settings[alias]
         try:
-            return wrapper_class(settings_dict["ENGINE"])(settings_dict, alias)
+            return wrapper_class(self.settings[alias]["ENGINE"])(self.settings[alias], alias)
         except ConfigurationError as error:
-            return missing(settings_dict, alias, error)
+            return missing(self.settings[alias], alias, error)
 
     def __delitem__(self, alias: str) -> None:
         """Forget the connection of an alias; a session's is not Django's to forget."""

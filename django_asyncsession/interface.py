@@ -7,17 +7,17 @@ import asyncio
 import contextlib
 import dataclasses
 import os
+import re
 import time
 import weakref
 from collections.abc import Awaitable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Self
-from urllib.parse import urlsplit
 
 from django.db import connections
 from django.db.utils import ConnectionHandler
 
 from . import bridge, threadlocals
-from .backends.base import BridgedMixin, Secret, bridged_class, make_wrapper
+from .backends.base import BridgedMixin, Secret, bridged_class, make_wrapper, masked
 from .conf import settings
 from .exceptions import ConfigurationError, UnknownAlias
 from .pool import COUNTERS, Lease, Pool, PoolOptions
@@ -82,7 +82,11 @@ class DatabaseInterface:
 
     def __repr__(self) -> str:
         state = "connected" if self.connected else "not connected"
-        return f"<DatabaseInterface {self.alias!r} {self.vendor} {state}>"
+        try:
+            vendor = self.vendor
+        except ConfigurationError:
+            vendor = "of an engine that cannot be used"
+        return f"<DatabaseInterface {self.alias!r} {vendor} {state}>"
 
     # The pool
 
@@ -389,19 +393,24 @@ def _parse_dsn(dsn: str) -> dict[str, Any]:
         raise ConfigurationError(
             "from_dsn() needs dj-database-url; pip install dj-database-url"
         ) from exc
-    try:
-        parsed: dict[str, Any] = {**dj_database_url.parse(dsn)}
-    except Exception:
-        scheme = urlsplit(dsn).scheme if "://" in dsn else ""
-        # The error, and its cause, would show the password.
-        raise ConfigurationError(
-            f"not a database URL (scheme {scheme!r}); write "
-            "postgresql://user:password@host:port/name"
-        ) from None
-    parsed["PASSWORD"] = Secret(parsed["PASSWORD"])
+    scheme = Secret(dsn.partition("://")[0] if "://" in dsn else "")
+    error = ConfigurationError(
+        f"not a database URL (scheme {str(scheme) if scheme.isalnum() else ''!r}); write "
+        "postgresql://user:password@host:port/name, with the reserved characters of the password "
+        "percent-encoded"
+    )
+    parsed: dict[str, Any] = {}
+    with contextlib.suppress(Exception):
+        if not _has_stray_at(dsn):
+            # At once: whatever is raised later shows the locals of this frame.
+            parsed = masked(dj_database_url.parse(dsn))
+    if not parsed:
+        # Outside of any handler, whose error and frames would hold the password.
+        raise error
     options = parsed.setdefault("OPTIONS", {})
     pool = {
-        name.removeprefix("pool_"): options.pop(name)
+        # What is no number may be a secret in the wrong place.
+        name.removeprefix("pool_"): Secret(options.pop(name))
         for name in list(options)
         if name.startswith("pool_")
     }
@@ -410,13 +419,19 @@ def _parse_dsn(dsn: str) -> dict[str, Any]:
     return parsed
 
 
-def _number(name: str, value: Any) -> float | bool:
-    text = str(value).lower()
-    if text in ("true", "false"):
-        return text == "true"
-    try:
-        return float(text) if "." in text else int(text)
-    except ValueError:
-        raise ConfigurationError(
-            f"pool_{name}={value!r} in the database URL is not a number"
-        ) from None
+def _has_stray_at(dsn: str) -> bool:
+    """Whether a password that is not percent-encoded was cut, so that its rest would be taken for
+    a part that is shown, as the name of the database."""
+    scheme, _, rest = dsn.partition("://")
+    place = re.search("[/?#]", rest)
+    if scheme.startswith(("sqlite", "spatialite")) or place is None or "@" in rest[: place.start()]:
+        return False
+    return any("@" in part.partition("=")[0] for part in re.split("[?&#]", rest[place.start() :]))
+
+
+def _number(name: str, value: Secret) -> float | bool:
+    if value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    if not re.fullmatch(r"-?[0-9]{1,15}(\.[0-9]{1,15})?", value):
+        raise ConfigurationError(f"pool_{name} in the database URL is not a number")
+    return float(value) if "." in value else int(value)

@@ -9,6 +9,7 @@ import enum
 import inspect
 import logging
 import math
+import re
 import weakref
 from collections.abc import Awaitable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -334,7 +335,7 @@ class BridgedMixin(_Wrapper):
 
     def get_connection_params(self) -> dict[str, Any]:
         params: dict[str, Any] = super().get_connection_params()
-        for name in SECRET_OPTIONS & params.keys():
+        for name in filter(_is_secret, params):
             params[name] = _secret(params[name])
         return params
 
@@ -692,7 +693,10 @@ class BridgedMixin(_Wrapper):
         return None
 
 
-SECRET_OPTIONS = frozenset({"password", "passwd", "sslpassword", "passphrase"})
+# What Django hides in the settings that its error pages show, and what may set anything.
+_is_secret = re.compile(
+    "API|AUTH|TOKEN|KEY|SECRET|PASS|SIGNATURE|^(options|init_command)$", re.IGNORECASE
+).search
 
 
 def _secret(value: Any) -> Any:
@@ -840,7 +844,7 @@ def make_wrapper(
         ConfigurationError: the engine cannot be bridged.
     """
     # The argument too is a local of this frame, which an error page would show.
-    settings_dict = own = _masked(settings_dict)
+    settings_dict = own = masked(settings_dict)
     # The pool is ours; Django's own, in the same place, must not open one beside it.
     own["OPTIONS"].pop("pool", None)
     # How long a connection lives, and when it is checked, is the pool's business.
@@ -850,10 +854,15 @@ def make_wrapper(
     return wrapper  # type: ignore[no-any-return]
 
 
-def _masked(settings_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of an alias's settings whose passwords print as stars."""
-    own = copy.deepcopy(dict(settings_dict))
-    for place, name in ((own, "PASSWORD"), *((own["OPTIONS"], name) for name in SECRET_OPTIONS)):
-        if isinstance(place.get(name), str):
-            place[name] = Secret(place[name])
-    return own
+def masked(settings_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of an alias's settings whose passwords print as stars, in its options too, however
+    deep."""
+    return {name: _masked(name, value) for name, value in settings_dict.items()}
+
+
+def _masked(name: Any, value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {inner: _masked(inner, value[inner]) for inner in value}
+    if isinstance(value, str) and _is_secret(str(name)):
+        return Secret(value)
+    return copy.deepcopy(value)
