@@ -422,11 +422,12 @@ def _parse_dsn(dsn: str) -> dict[str, Any]:
 def _has_stray_at(dsn: str) -> bool:
     """Whether a password that is not percent-encoded was cut, so that its rest would be taken for
     a part that is shown, as the name of the database."""
-    scheme, _, rest = dsn.partition("://")
+    rest = dsn.partition("://")[2]
     place = re.search("[/?#]", rest)
-    if scheme.startswith(("sqlite", "spatialite")) or place is None or "@" in rest[: place.start()]:
-        return False
-    return any("@" in part.partition("=")[0] for part in re.split("[?&#]", rest[place.start() :]))
+    # In front of a path alone (`sqlite:////file`) there is no host, and so no password.
+    return (
+        place is not None and place.start() > 0 and "@" not in rest[: place.start()] and "@" in rest
+    )
 
 
 def _number(name: str, value: Secret) -> float | bool:

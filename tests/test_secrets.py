@@ -109,9 +109,9 @@ def random_url(rng: random.Random) -> str:
     return url
 
 
-def test_two_thousand_damaged_urls_show_no_password() -> None:
+def test_five_hundred_damaged_urls_show_no_password() -> None:
     rng = random.Random(1807)
-    for _ in range(2000):
+    for _ in range(500):
         url = random_url(rng)
         assert not [text for text in shown(url) if SECRET in text], url
 
