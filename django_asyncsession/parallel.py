@@ -348,10 +348,10 @@ async def _export(session: Session) -> str:
 
 async def _begin(session: Session, snapshot: str | None = None) -> None:
     """Take the session's connection, and let it see the snapshot, if one is given."""
+    assert session.transaction is not None
+    session.transaction.snapshot = snapshot
+    await session.run_alone(_nothing)
 
-    def begin() -> None:
-        if snapshot is not None:
-            assert session.transaction is not None
-            session.transaction.wrapper.import_snapshot(snapshot)
 
-    await session.run_alone(begin)
+def _nothing() -> None:
+    """What runs where only the beginning matters."""

@@ -31,14 +31,17 @@ def new_session(
     """A session that begins with its first statement; the alias None is that of the middleware.
 
     Args:
-        request: the one that it ends with, for messages.
+        request: the one that it ends with.
 
     Raises:
         UnknownAlias: DATABASES has no such alias.
         ConfigurationError: an option that cannot be.
     """
     site = None if request is None else RequestSite.of(request.method, request.path)
-    return databases[alias or settings.ALIAS].get_session(begin_on_use=True, site=site, **options)
+    database = databases[alias or settings.ALIAS]
+    session = database.get_session(begin_on_use=True, site=site, **options)
+    session.request = request
+    return session
 
 
 @contextmanager

@@ -129,6 +129,7 @@ class Session:
         # The transaction in progress; in autocommit mode only while `atomic()` is open.
         self._transaction: Transaction | None = None
         self._released = False
+        self._request: Callable[[], HttpRequest | None] = _no_request
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.alias!r} {self._describe()}>"
@@ -147,6 +148,17 @@ class Session:
                 ResourceWarning,
                 stacklevel=2,
             )
+
+    @property
+    def request(self) -> HttpRequest | None:
+        """The request that the session ends with, if it is one's."""
+        return self._request()
+
+    @request.setter
+    def request(self, request: HttpRequest | None) -> None:
+        """Say which request it ends with; done by what makes the session."""
+        # The request has the session: the other way round it would be a cycle.
+        self._request = _no_request if request is None else ref(request)
 
     # Begin and end
 
@@ -604,6 +616,7 @@ class Session:
             timeout=given.timeout,
             lock_timeout=given.lock_timeout,
         )
+        reader.info, reader.request = self.info, self.request
         if self.contents is not None and reader.contents is not None:
             reader.contents.join(self.contents.copy())
         return reader
@@ -874,13 +887,20 @@ class Session:
 
     def _new_transaction(self, autocommit: bool | None = None) -> Transaction:
         mode = self.autocommit if autocommit is None else autocommit
-        return Transaction(
-            self.bind,
+        transaction = Transaction(
+            self._source,
             autocommit=mode,
             site=self._site,
             contents=self.contents,
             options=self._options,
         )
+        transaction.session = ref(self)
+        return transaction
+
+    @property
+    def _source(self) -> Source:
+        """Where its connections come from."""
+        return self.bind
 
     @property
     def _is_one_statement_mode(self) -> bool:
@@ -958,3 +978,7 @@ class Session:
 
     def _check_loop(self) -> None:
         check_loop(self._loop, self.alias, self._site)
+
+
+def _no_request() -> None:
+    """The request of a session that is not for one."""

@@ -87,6 +87,7 @@ class SessionSet:
             )
         if alias not in self._sessions:
             session = databases[alias].get_session(begin_on_use=True, autocommit=self._autocommit)
+            session.request = self._sessions[self._main].request
             self._adopt(session)
             self._sessions[alias] = session
         return self._sessions[alias]

@@ -32,7 +32,6 @@ from .pool import Lease
 from .session import Session
 from .sharing import RealSessions, SharedSource, Sharing
 from .transactions.checkout import Source, State
-from .transactions.transaction import Transaction
 
 if TYPE_CHECKING:
     _TestCase = TransactionTestCase
@@ -67,12 +66,9 @@ class OwnSession(Session):
     It needs no `begin()`, and what it did is rolled back at the end of the test.
     """
 
-    def _new_transaction(self, autocommit: bool | None = None) -> Transaction:
-        mode = self.autocommit if autocommit is None else autocommit
-        source = _Lending(self.bind)
-        return Transaction(
-            source, autocommit=mode, site=self._site, contents=self.contents, options=self._options
-        )
+    @property
+    def _source(self) -> Source:
+        return _Lending(self.bind)
 
     def end(self) -> None:
         """Roll back and close without awaiting, whether or not the loop is closed."""

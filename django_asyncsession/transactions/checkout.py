@@ -25,6 +25,7 @@ from django_asyncsession.exceptions import (
 )
 from django_asyncsession.origins import RequestSite, Site, creation_site, loop_name, task_name
 from django_asyncsession.pool import Lease
+from django_asyncsession.signals import connection_leased
 from django_asyncsession.threadlocals import Contents
 
 from .turn import Mark, Task, Turn, inside
@@ -102,6 +103,10 @@ class Checkout:
         self._lease: Lease[BridgedMixin] | None = None
         # What the first call does before anything else was done.
         self._entered = False
+        # Whom it is for; not kept alive by it.
+        self.session: Callable[[], Any] = _nobody
+        # What it shall see, before anything is read.
+        self.snapshot: str | None = None
         # The task whose call runs, and what it shall raise when `stop` has cut it.
         self._running: Task | None = None
         self._stopped_with: Exception | None = None
@@ -267,8 +272,32 @@ class Checkout:
         self, wrapper: BridgedMixin, fn: Callable[..., T], args: Any, kwargs: dict[str, Any] | None
     ) -> T:
         self._enter(wrapper)
+        if self.snapshot is not None:
+            wrapper.import_snapshot(self.snapshot)
+        if connection_leased.receivers:
+            self._announce(wrapper)
         self._entered = True
         return fn(*args, **kwargs or {})
+
+    def _announce(self, wrapper: BridgedMixin) -> None:
+        """Let receivers set up the lease; an error of theirs is one of the transaction."""
+        session, changed = self.session(), wrapper.changed
+        try:
+            connection_leased.send(
+                type(wrapper),
+                connection=wrapper,
+                alias=self.alias,
+                session=session,
+                request=getattr(session, "request", None),
+            )
+        except BaseException as exc:
+            if wrapper.in_atomic_block:
+                # It has begun, and all it can still do is to end.
+                self._entered = True
+                self._doom(exc if isinstance(exc, Exception) else None)
+            raise
+        # Every lease is set up so, also those that read beside this one.
+        wrapper.changed = changed
 
     def _enter(self, wrapper: BridgedMixin) -> None:
         """Begin on the connection; called in the bridge, before the first statement."""
@@ -389,6 +418,10 @@ class Checkout:
             lease.connection.abandon()
             lease.connection.scrub()
             lease.release(usable=False)
+
+
+def _nobody() -> None:
+    """The session of a transaction that belongs to none."""
 
 
 async def _reset(wrapper: BridgedMixin) -> bool:

@@ -16,6 +16,7 @@ from django.db.transaction import Atomic, TransactionManagementError
 from django_asyncsession.backends.base import BridgedMixin, TransactionOptions, TransactionState
 from django_asyncsession.exceptions import CommitUnknown, SessionClosedError, SessionStateError
 from django_asyncsession.origins import Site, creation_site
+from django_asyncsession.signals import connection_leased
 from django_asyncsession.statements import check_savepoint_name
 from django_asyncsession.threadlocals import Contents
 
@@ -513,7 +514,12 @@ class Transaction(RawSQL):
         if self.hooks:
             # What they run must not begin the transaction that nobody would commit any more.
             self._entered = True
-            await self.call(lambda: self.hooks.call_at_once(self.wrapper))
+            await self.call(self._call_hooks)
+
+    def _call_hooks(self) -> None:
+        if connection_leased.receivers:
+            self._announce(self.wrapper)
+        self.hooks.call_at_once(self.wrapper)
 
     async def _rollback(self, quietly: bool = False) -> None:
         """Roll back within the budget, or close the connection, which rolls back as well."""
