@@ -166,18 +166,14 @@ class _Filtered(_Query):
         return self.where(condition)
 
 
-def _read_source(source: Any, alias: str) -> QuerySet[Any]:
-    if isinstance(source, (QuerySet, Manager)):
+def _source(source: Any, alias: str) -> QuerySet[Any]:
+    """The rows that are meant: those of the default manager when a model is given."""
+    if isinstance(source, QuerySet):
         return source.using(alias)
     if isinstance(source, SelectQuery):
         return source.queryset.using(alias)
-    return cast("QuerySet[Any]", model_of(source)._default_manager.using(alias))
-
-
-def _write_source(source: Any, alias: str) -> QuerySet[Any]:
-    if isinstance(source, (QuerySet, Manager, SelectQuery)):
-        return _read_source(source, alias)
-    return cast("QuerySet[Any]", model_of(source)._base_manager.using(alias))
+    manager = source if isinstance(source, Manager) else model_of(source)._default_manager
+    return cast("QuerySet[Any]", rows.on(manager, alias))
 
 
 class SelectQuery(_Filtered, Generic[T]):
@@ -207,7 +203,7 @@ class SelectQuery(_Filtered, Generic[T]):
         return self(source)
 
     def _start(self, source: Any) -> QuerySet[Any]:
-        return _read_source(source, self._session.alias)
+        return _source(source, self._session.alias)
 
     def _apply(self, method: str, *args: Any, **kwargs: Any) -> Self:
         changed = getattr(self._queryset, method)(*args, **kwargs)
@@ -346,7 +342,7 @@ class SelectQuery(_Filtered, Generic[T]):
         return self._combined("difference", others)
 
     def _combined(self, method: str, others: tuple[Any, ...], **options: Any) -> Self:
-        querysets = [_read_source(other, self._session.alias) for other in others]
+        querysets = [_source(other, self._session.alias) for other in others]
         combined = getattr(self.queryset, method)(*querysets, **options)
         return self._with(_given=combined, _limit=None, _offset=0)
 
@@ -403,6 +399,9 @@ class SelectQuery(_Filtered, Generic[T]):
             yield row
 
     def _fetch(self, queryset: QuerySet[Any]) -> Results[T]:
+        if getattr(queryset, "_result_cache", None) is not None:
+            # Each time that it is awaited it asks anew.
+            queryset = queryset.all()
         return self._shaped(list(queryset))
 
     def _shaped(self, found: list[Any]) -> Results[T]:
@@ -672,9 +671,17 @@ class _Written(_Filtered):
 
     _all_rows = False
     _returning: tuple[Any, ...] | None = None
+    # Of the conditions, those that the manager has set.
+    _conditions = 0
 
     def _start(self, source: Any) -> QuerySet[Any]:
-        return _write_source(source, self._session.alias)
+        return _source(source, self._session.alias)
+
+    def __call__(self, source: Any) -> Any:
+        started = super().__call__(source)
+        is_narrowed = isinstance(source, (QuerySet, SelectQuery)) or hasattr(source, "instance")
+        count = 0 if is_narrowed else len(started._queryset.query.where.children)
+        return started._with(_conditions=count)
 
     def table(self, source: Any) -> Self:
         """The query on this table, under asyncqlio's name."""
@@ -689,7 +696,7 @@ class _Written(_Filtered):
         return self._with(_returning=columns)
 
     def _check_bounded(self, verb: str) -> None:
-        if not self._all_rows and not self._queryset.query.where.children:
+        if not self._all_rows and len(self._queryset.query.where.children) <= self._conditions:
             name = self._queryset.model.__name__
             raise UnboundedQueryError(
                 f"{verb} of {name!r} has no where(); add one, or say all_rows() to mean every row"
@@ -790,7 +797,8 @@ def _setter(column: Any, value: Any) -> Setter:
 
 
 class DeleteQuery(_Written):
-    """A DELETE with Django's on_delete rules; gives the number of rows of the table that went."""
+    """A DELETE with Django's on_delete rules; gives the number of rows of the table that went, or
+    -1 when a `delete()` of the QuerySet's own does not tell."""
 
     def __call__(self, source: Source[Any]) -> DeleteQuery:
         """The query on this model, row table, QuerySet or Manager."""
@@ -809,8 +817,14 @@ class DeleteQuery(_Written):
     def _delete(self) -> Any:
         if self._returning is not None:
             return writes.delete_returning(self._queryset, self._returning)
-        _, by_model = self._queryset.delete()
-        return by_model.get(self._queryset.model._meta.label, 0)
+        model = self._queryset.model
+        # The QuerySet may have a delete() of its own, which need not tell what Django's does.
+        result: Any = self._queryset.delete()
+        if isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping):
+            total, by_model = result
+            of_others = set(by_model) - {model._meta.label}
+            return by_model.get(model._meta.label, 0 if of_others else total)
+        return result if isinstance(result, int) else -1
 
 
 class Related:
@@ -848,7 +862,7 @@ class RelatedRows:
 
     def select(self) -> SelectQuery[Any]:
         """A query on the related rows, to filter and order them."""
-        return SelectQuery[Any](self._session)(self._manager.all())
+        return SelectQuery[Any](self._session)(self._manager)
 
     def __await__(self) -> Generator[Any, None, Any]:
         return (self.all() if self._many else self._one()).__await__()

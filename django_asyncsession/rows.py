@@ -35,6 +35,7 @@ from django.db.models import (
     prefetch_related_objects,
 )
 from django.db.models.constants import LOOKUP_SEP
+from django.db.models.signals import post_save, pre_save
 
 from .bridge import in_bridge
 from .exceptions import NotLoadedError, RowNotFound
@@ -161,6 +162,15 @@ def _copy(value: Any) -> Any:
         return object()
 
 
+def on(manager: Any, using: str) -> Any:
+    """The manager's own QuerySet, with whatever the manager has put on it, on this database."""
+    queryset = manager.db_manager(using).all()
+    if queryset._db != using or queryset._result_cache is not None:
+        # A manager that forgets its database, or a related one whose rows were prefetched.
+        queryset = queryset.using(using)
+    return queryset
+
+
 def snapshot_of(row: Model) -> Snapshot | None:
     """The row's snapshot; None when the row came from elsewhere."""
     return cast("Snapshot | None", row._state.__dict__.get("asyncsession"))
@@ -272,9 +282,7 @@ def after_write(rows: Sequence[Model], undos: Iterable[Undo]) -> None:
 def changed(row: Model) -> list[str]:
     """Names of the fields that differ from the snapshot; all that are loaded when there is none."""
     snapshot = snapshot_of(row)
-    return [
-        f.name for f in _writable(row) if snapshot is None or _differs(snapshot, row, f.attname)
-    ]
+    return [f.name for f in _writable(row) if snapshot is None or _differs(snapshot, row, f)]
 
 
 def _writable(row: Model) -> Iterator[Any]:
@@ -284,7 +292,8 @@ def _writable(row: Model) -> Iterator[Any]:
             yield field
 
 
-def _differs(snapshot: Snapshot, row: Model, name: str) -> bool:
+def _differs(snapshot: Snapshot, row: Model, field: Any) -> bool:
+    name = field.attname
     if name not in snapshot.values:
         return True
     now = row.__dict__[name]
@@ -292,9 +301,25 @@ def _differs(snapshot: Snapshot, row: Model, name: str) -> bool:
         return True
     if name in snapshot.frozen:
         freeze = dict(_mutable(type(row)))[name]
-        return _unequal(freeze(now), snapshot.frozen[name])
-    before = snapshot.values[name]
-    return now is not before and _unequal(now, before)
+        if freeze is not _copy:
+            return _unequal(freeze(now), snapshot.frozen[name])
+        before = snapshot.frozen[name]
+    else:
+        before = snapshot.values[name]
+    return now is not before and _unequal(now, before) and _is_written_otherwise(field, now, before)
+
+
+def _is_written_otherwise(field: Any, now: Any, before: Any) -> bool:
+    """Whether two values that are not equal are not the same in the column either: objects may be
+    equal to themselves only, and "5" is written as 5."""
+    try:
+        now, before = field.get_prep_value(now), field.get_prep_value(before)
+        if cast(Any, type(now)).__eq__ is object.__eq__:
+            return pickle.dumps(now) != pickle.dumps(before)
+        return _unequal(now, before)
+    except Exception:
+        # Saving it says what is wrong with it.
+        return True
 
 
 def _unequal(now: Any, before: Any) -> bool:
@@ -321,9 +346,21 @@ def add(row: Model, using: str, write: Write) -> None:
     elif snapshot is None or row._state.db != using or snapshot.primary_key(row) != _key(row):
         row.save(using=using)
         after_write([row], [undo])
-    elif changed(row):
+    elif changed(row) or not _is_saved_by_django(type(row)):
         _save_changed(row, using)
         after_write([row], [undo])
+
+
+def _is_saved_by_django(model: type[Model]) -> bool:
+    """Whether saving a row of this model does nothing but write its columns."""
+    return all(getattr(model, name) is method for name, method in _SAVING) and not any(
+        signal.has_listeners(model) for signal in (pre_save, post_save)
+    )
+
+
+_SAVING: Final = [
+    (name, getattr(Model, name)) for name in ("save", "save_base", "_save_table", "_save_parents")
+]
 
 
 def add_all(rows: Iterable[Model], using: str, write: Write) -> None:
@@ -381,7 +418,7 @@ def fetch_missing(rows: Sequence[Model], using: str) -> None:
             by_names.setdefault(names, []).append(row)
     for names, group in by_names.items():
         by_key = {row.pk: row for row in group}
-        there = type(group[0])._base_manager.using(using).filter(pk__in=list(by_key))
+        there = on(type(group[0])._base_manager, using).filter(pk__in=list(by_key))
         for key, *values in there.values_list("pk", *names):
             by_key[key].__dict__.update(zip(names, values, strict=True))
 
@@ -494,16 +531,17 @@ def merge(row: Model, fields: Collection[str] | None, using: str, write: Write) 
         raise ValueError(message)
     snapshot = snapshot_of(row)
     names = _fields_to_merge(row, fields, snapshot)
-    if not names and snapshot is not None and not snapshot.made:
+    is_plain = _is_saved_by_django(type(row))
+    if not names and snapshot is not None and not snapshot.made and is_plain:
         return
     before = set(row.__dict__)
     with _row_not_found(row, using):
-        if names:
-            written = sorted({*names, *moving_fields(row)})
-            row.save(using=using, force_update=True, update_fields=written)
-        else:
-            type(row)._base_manager.using(using).only("pk").get(pk=row.pk)
+        written = sorted({*names, *moving_fields(row)}) if names else []
+        if not names:
+            on(type(row)._base_manager, using).only("pk").get(pk=row.pk)
             row._state.adding, row._state.db = False, using
+        if names or not is_plain:
+            row.save(using=using, force_update=True, update_fields=written)
     _reread(row, using, before)
     after_write([row], [undo])
 
@@ -605,7 +643,7 @@ def _generic_prefetch(field: Any, group: list[Model], using: str) -> Any:
     keys = {getattr(row, kind_field.attname) for row in group}
     types = [field.get_content_type(id=key, using=using) for key in keys if key is not None]
     models = {kind.model_class() for kind in types} - {None}
-    return GenericPrefetch(field.name, [m._base_manager.using(using) for m in models])
+    return GenericPrefetch(field.name, [on(m._base_manager, using) for m in models])
 
 
 def _load_field(rows: Sequence[Model], field: Any, using: str) -> None:
@@ -613,7 +651,7 @@ def _load_field(rows: Sequence[Model], field: Any, using: str) -> None:
     if not missing:
         return
     keys = {row.pk for row in missing}
-    found = type(rows[0])._base_manager.using(using).filter(pk__in=keys)
+    found = on(type(rows[0])._base_manager, using).filter(pk__in=keys)
     values = dict(found.values_list("pk", field.attname))
     for row in missing:
         if row.pk not in values:
@@ -756,6 +794,6 @@ def get_one(model: type[M], pk: Any, using: str) -> M:
     Raises:
         Model.DoesNotExist: there is none.
     """
-    row = model._default_manager.using(using).get(pk=pk)
+    row: M = on(model._default_manager, using).get(pk=pk)
     remember([row])
     return row

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, Final, cast
 
 from django.db import NotSupportedError, connections, transaction
-from django.db.models import AutoField, F, Model, Q, QuerySet, sql
+from django.db.models import AutoField, F, Manager, Model, Q, QuerySet, sql
 from django.db.models.deletion import Collector
 from django.db.models.expressions import Col
 from django.db.models.sql.query import Query
@@ -132,6 +132,10 @@ def _parents(model: type[Model]) -> Iterable[Any]:
 
 
 def _bulk_create(model: type[Model], group: list[Any], using: str) -> list[Any]:
+    if (own := _own_bulk_create(model, using)) is not None:
+        own(group, None)
+        rows.fetch_missing(group, using)
+        return group
     features = connections[using].features
     keyless = [row for row in group if None in rows.get_pk(row)]
     if keyless and not features.can_return_rows_from_bulk_insert and model._meta.auto_field:
@@ -139,9 +143,33 @@ def _bulk_create(model: type[Model], group: list[Any], using: str) -> list[Any]:
         for row in group:
             row.save_base(using=using, force_insert=True)
     else:
-        model._base_manager.using(using).bulk_create(group)
+        rows.on(model._base_manager, using).bulk_create(group)
     rows.fetch_missing(group, using)
     return group
+
+
+def _own_bulk_create(model: type[Model], using: str) -> Callable[..., Any] | None:
+    """That of the default manager or its QuerySet, if it is not Django's; what it inserts with is
+    then the QuerySet's `_batched_insert`, given as `insert`."""
+    manager = cast(Any, model._default_manager).db_manager(using)
+    queryset = rows.on(manager, using)
+    by_manager = type(manager).bulk_create.__code__ is not Manager.bulk_create.__code__
+    if not by_manager and not is_own(queryset, "bulk_create"):
+        return None
+
+    def bulk_create(group: list[Any], insert: Callable[..., Any] | None, **options: Any) -> Any:
+        if insert is not None:
+            cast(Any, queryset)._batched_insert = insert
+        # A copy, which is for this call only.
+        manager.get_queryset = lambda: queryset
+        return manager.bulk_create(group, **options)
+
+    return bulk_create
+
+
+def is_own(queryset: QuerySet[Any], name: str) -> bool:
+    """Whether the QuerySet has a method of its own in place of Django's."""
+    return name in vars(queryset) or getattr(type(queryset), name) is not getattr(QuerySet, name)
 
 
 class _InsertStatement:
@@ -161,6 +189,7 @@ class _InsertStatement:
         if returning is not None:
             check_returning(self.connection, "INSERT")
         self.asked = self._asked_fields()
+        self.own = _own_bulk_create(model, using)
 
         for row in group:
             if None in rows.get_pk(row):
@@ -172,21 +201,52 @@ class _InsertStatement:
         ]
 
     def run(self) -> list[Any]:
-        fields = [f for f in self.model._meta.concrete_fields if not f.generated]
-        result = []
-        for batch, (suffix, params) in self.batches:
-            keyless = None in rows.get_pk(batch[0])
-            columns = [f for f in fields if not (keyless and isinstance(f, AutoField))]
-            size = self.connection.ops.bulk_batch_size(columns, batch)
-            # The parameters of the clause count against the same limit.
-            size = max(size - len(params), 1)
-            for start in range(0, len(batch), size):
-                part = batch[start : start + size]
-                result += self._run_one(part, columns, suffix, params)
+        if self.own is not None:
+            result = self._run_own(self.own)
+        else:
+            result = [r for batch, clause in self.batches for r in self._run_batch(batch, *clause)]
         for row in self.group:
             row._state.adding, row._state.db = False, self.using
         if self.returning is None:
             rows.fetch_missing(self.group, self.using)
+        return result
+
+    def _run_own(self, bulk_create: Callable[..., Any]) -> list[Any]:
+        """By way of a `bulk_create()` that is not Django's, but comes to Django's in the end."""
+        result: list[Any] = []
+        came = False
+
+        def insert(batch: list[Any], *args: Any, **options: Any) -> list[Any]:
+            nonlocal came
+            came = True
+            result.extend(self._run_batch(batch, *self._conflict_sql(batch)))
+            if self.conflict is not None:
+                return []
+            fields = self.model._meta.db_returning_fields
+            return [tuple(row.__dict__.get(f.attname) for f in fields) for row in batch]
+
+        # What Django then expects to be returned is nothing.
+        options = {} if self.conflict is None else {"ignore_conflicts": True}
+        bulk_create(self.group, insert, **options)
+        if not came:
+            raise NotSupportedError(
+                f"the default manager of {self.model.__name__!r} has a bulk_create() that does "
+                "not end in Django's, so on_conflict() and returning() cannot go through it; "
+                "call it with session.run_sync()"
+            )
+        return result
+
+    def _run_batch(self, batch: list[Any], suffix: str, params: tuple[Any, ...]) -> list[Any]:
+        fields = [f for f in self.model._meta.concrete_fields if not f.generated]
+        keyless = None in rows.get_pk(batch[0])
+        columns = [f for f in fields if not (keyless and isinstance(f, AutoField))]
+        size = self.connection.ops.bulk_batch_size(columns, batch)
+        # The parameters of the clause count against the same limit.
+        size = max(size - len(params), 1)
+        result = []
+        for start in range(0, len(batch), size):
+            part = batch[start : start + size]
+            result += self._run_one(part, columns, suffix, params)
         return result
 
     def _run_one(
@@ -442,11 +502,22 @@ def update_rows(instances: Sequence[Any], using: str, write: rows.Write) -> int:
             undos = [rows.before_write(row, write) for row in group]
             names = sorted({name for row in group for name in rows.changed(row)})
             if names:
-                manager = model._base_manager.using(using)
-                total += manager.bulk_update(group, names)
+                total += _bulk_update(model, using)(group, names)
                 rows.fetch_missing(group, using)
                 rows.after_write(group, undos)
     return total
+
+
+def _bulk_update(model: type[Model], using: str) -> Callable[..., int]:
+    """That of the default manager or its QuerySet if it is not Django's; else that of the base
+    manager, which finds rows that the default one hides."""
+    manager = cast(Any, model._default_manager).db_manager(using)
+    by_manager = type(manager).bulk_update.__code__ is not Manager.bulk_update.__code__
+    queryset = rows.on(manager, using)
+    if by_manager or is_own(queryset, "bulk_update"):
+        manager.get_queryset = lambda: queryset
+        return cast("Callable[..., int]", manager.bulk_update)
+    return cast("Callable[..., int]", rows.on(model._base_manager, using).bulk_update)
 
 
 def update_returning(
@@ -459,6 +530,8 @@ def update_returning(
     """
     using, model = queryset.db, queryset.model
     check_returning(connections[using], "UPDATE")
+    if is_own(queryset, "update"):
+        return _update_and_read(queryset, values, returning)
     query = cast(Any, queryset.query).chain(sql.UpdateQuery)
     query.clear_ordering(force=True)
     query.add_update_values(values)
@@ -469,6 +542,20 @@ def update_returning(
     text, params = compiler.as_sql()
     fields = fields_of(model, returning)
     return shaped(model, using, fields, returning, run_returning(compiler, text, params, fields))
+
+
+def _update_and_read(
+    queryset: QuerySet[Any], values: dict[str, Any], returning: tuple[Any, ...]
+) -> list[Any]:
+    """By way of an `update()` that is not Django's: the rows are read after it."""
+    using, model = queryset.db, queryset.model
+    fields = fields_of(model, returning)
+    with transaction.atomic(using=using, savepoint=False):
+        keys = [row.pk for row in _locked(queryset)]
+        queryset.filter(pk__in=keys).update(**values)
+        there = {row.pk: row for row in rows.on(model._base_manager, using).filter(pk__in=keys)}
+        found = [_values(there[key], fields) for key in keys if key in there]
+    return shaped(model, using, fields, returning, found)
 
 
 def delete_returning(queryset: QuerySet[Any], returning: tuple[Any, ...]) -> list[Any]:
@@ -485,17 +572,24 @@ def delete_returning(queryset: QuerySet[Any], returning: tuple[Any, ...]) -> lis
     query.__class__ = sql.DeleteQuery
     compiler = query.get_compiler(using=using)
     collector = cast(Any, Collector)(using=using, origin=queryset)
-    if collector.can_fast_delete(queryset) and compiler.single_alias:
+    own = is_own(queryset, "delete")
+    if not own and collector.can_fast_delete(queryset) and compiler.single_alias:
         text, params = compiler.as_sql()
         found = run_returning(compiler, text, params, fields)
         return shaped(model, using, fields, returning, found)
     with transaction.atomic(using=using, savepoint=False):
-        locked = queryset.select_for_update(of=("self",)) if _can_lock_of(connection) else queryset
-        there = list(locked)
-        values = [tuple(getattr(row, f.attname) for f in fields) for row in there]
-        model._base_manager.using(using).filter(pk__in=[row.pk for row in there]).delete()
+        there = _locked(queryset)
+        values = [_values(row, fields) for row in there]
+        rest = queryset if own else rows.on(model._base_manager, using)
+        rest.filter(pk__in=[row.pk for row in there]).delete()
     return shaped(model, using, fields, returning, values)
 
 
-def _can_lock_of(connection: Any) -> bool:
-    return bool(connection.features.has_select_for_update_of)
+def _locked(queryset: QuerySet[Any]) -> list[Any]:
+    """The rows, locked where the database can."""
+    able = connections[queryset.db].features.has_select_for_update_of
+    return list(queryset.select_for_update(of=("self",)) if able else queryset)
+
+
+def _values(row: Model, fields: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple(getattr(row, f.attname) for f in fields)

@@ -157,6 +157,124 @@ class Slug(models.Model):
         super().save(*args, **kwargs)  # type: ignore[arg-type]
 
 
+class SoftQuerySet(models.QuerySet["Soft"]):
+    """Which deletes by marking, and stamps what it inserts and updates."""
+
+    def delete(self) -> tuple[int, dict[str, int]]:
+        count = models.QuerySet.update(self, gone=True)
+        return count, {"tests.Soft": count}
+
+    def update(self, **values: object) -> int:
+        return super().update(stamp="updated", **values)
+
+    def bulk_create(self, rows: object, *args: object, **options: object) -> list[Soft]:  # type: ignore[override]
+        for row in rows:  # type: ignore[attr-defined]
+            row.stamp = "inserted"
+        return super().bulk_create(rows, *args, **options)  # type: ignore[arg-type]
+
+
+class Soft(models.Model):
+    """Of several tenants, of whom the default manager shows one, and not what is deleted."""
+
+    class Visible(models.Manager.from_queryset(SoftQuerySet)):  # type: ignore[misc]
+        def get_queryset(self) -> models.QuerySet[Soft]:
+            found: models.QuerySet[Soft] = super().get_queryset().filter(tenant=1, gone=False)
+            return found
+
+    tenant = models.IntegerField(default=1)
+    name = models.CharField(max_length=20, unique=True)
+    stamp = models.CharField(max_length=20, default="")
+    gone = models.BooleanField(default=False)
+
+    objects = Visible()
+    everything = models.Manager()
+
+
+class Patched(models.Model):
+    """Whose manager patches the QuerySet it makes, as packages do."""
+
+    class Euro(models.Manager["Patched"]):
+        def get_queryset(self) -> models.QuerySet[Patched]:
+            queryset = super().get_queryset()
+            plain = queryset.filter
+            queryset.filter = lambda *args, **kw: plain(*args, **kw, currency="EUR")  # type: ignore[method-assign]
+            return queryset
+
+    amount = models.IntegerField()
+    currency = models.CharField(max_length=3)
+
+    objects = Euro()
+
+
+class Node(models.Model):
+    """Of a tree that is kept in paths: with a row go those below it."""
+
+    class Tree(models.QuerySet["Node"]):
+        def delete(self) -> None:  # type: ignore[override]
+            for path in list(self.values_list("path", flat=True)):
+                everything: models.QuerySet[Node] = models.QuerySet(self.model, using=self.db)
+                everything.filter(path__startswith=path).delete()
+
+    path = models.CharField(max_length=20)
+
+    objects = Tree.as_manager()
+
+
+class Careless(models.Model):
+    """Whose manager forgets its database, and inserts by itself."""
+
+    class Own(models.Manager["Careless"]):
+        def get_queryset(self) -> models.QuerySet[Careless]:
+            return models.QuerySet(self.model)
+
+        def bulk_create(self, rows: object, *args: object, **options: object) -> list[Careless]:  # type: ignore[override]
+            made: list[Careless] = list(rows)  # type: ignore[call-overload]
+            for row in made:
+                row.save(using=self._db, force_insert=True)
+            return made
+
+    name = models.CharField(max_length=20)
+
+    objects = Own()
+
+
+class Dish(models.Model):
+    """Whose `save()` writes to another table too."""
+
+    price = models.IntegerField(default=0)
+    title = ""
+
+    def save(self, *args: object, **kwargs: object) -> None:
+        super().save(*args, **kwargs)  # type: ignore[arg-type]
+        if self.title:
+            Tag.objects.using(kwargs.get("using")).create(name=self.title)  # type: ignore[arg-type]
+
+
+class Opaque:
+    """A value that is equal to itself only."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+
+class OpaqueField(models.CharField):  # type: ignore[type-arg]
+    def from_db_value(self, value: str | None, *args: object) -> Opaque | None:
+        return None if value is None else Opaque(value)
+
+    def get_prep_value(self, value: object) -> str | None:
+        return value.text if isinstance(value, Opaque) else None
+
+
+class Wrapped(models.Model):
+    """With values that packages wrap."""
+
+    opaque = OpaqueField(max_length=20, null=True)
+    uid = models.UUIDField(null=True)
+    number = models.IntegerField(null=True)
+    day = models.DateField(null=True)
+    ratio = models.FloatField(null=True)
+
+
 class Note(models.Model):
     """About a row of any table."""
 

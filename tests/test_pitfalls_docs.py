@@ -67,6 +67,33 @@ SHOWN = {
     "What async code sets": (
         "test_threadlocals.test_what_async_code_and_threads_have_is_left_alone"
     ),
+    "Queries on a model begin": (
+        "test_managers.test_update_and_delete_are_those_of_the_queryset"
+        " test_queries.test_reads_and_writes_see_what_the_default_manager_sees"
+    ),
+    "They go through the manager's": (
+        "test_managers.test_rows_are_inserted_by_the_managers_own_bulk_create"
+        " test_managers.test_update_and_delete_are_those_of_the_queryset"
+    ),
+    "A manager or a QuerySet that is given": (
+        "test_managers.test_a_given_manager_or_queryset_is_taken_as_it_is"
+    ),
+    "What the manager filters by": (
+        "test_managers.test_what_the_manager_sets_is_no_condition_of_the_query"
+    ),
+    "A ``bulk_create`` that does not end": (
+        "test_managers.test_a_bulk_create_that_does_not_end_in_djangos_says_so"
+    ),
+    "A ``delete`` that does not tell": "test_managers.test_with_a_row_of_a_tree_go_those_below_it",
+    "Loading relations, ``refresh``": "test_managers.test_rows_that_are_hidden_can_be_used",
+    "``session.add`` of a loaded row": ("test_rows.test_add_writes_only_what_changed"),
+    "A model with a ``save()`` of its own": (
+        "test_managers.test_a_save_of_the_models_own_is_called_although_nothing_changed"
+        " test_managers.test_receivers_hear_of_a_row_that_did_not_change"
+    ),
+    "A value that is written as it was": (
+        "test_managers.test_a_value_that_is_the_same_in_the_column_is_no_change"
+    ),
     "Set it in the session instead": (
         "test_threadlocals.test_what_a_sync_middleware_set_in_its_thread_is_not_carried"
     ),

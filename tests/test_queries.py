@@ -84,11 +84,19 @@ async def test_a_queryset_of_the_user_s_own_is_taken_as_it_is(people: Session) -
     assert await people.select(User.objects.none()) == []
 
 
-async def test_reads_use_the_default_manager_and_writes_do_not(session: Session) -> None:
+async def test_reads_and_writes_see_what_the_default_manager_sees(session: Session) -> None:
     await session.insert.rows(Slug(title="a"), Slug(title="b", hidden=True))
     assert await session.select(Slug).count() == 1
-    assert await session.update(Slug).all_rows().set(title="c") == 2
-    assert await session.delete(Slug).all_rows() == 2
+    assert await session.update(Slug).all_rows().set(title="c") == 1
+    assert await session.delete(Slug).all_rows() == 1
+    assert await session.fetch_all("SELECT title FROM tests_slug") == [("b",)]
+
+
+async def test_a_query_asks_anew_each_time_it_is_awaited(session: Session) -> None:
+    query = session.select(User)
+    assert await query == []
+    await session.add(User(name="a"))
+    assert len(await query) == len(await query.all()) == 1
 
 
 async def test_where_takes_conditions_and_lookups(people: Session) -> None:

@@ -285,7 +285,7 @@ async def test_signals_tell_new_from_old(session: Session) -> None:
         await session.add(row)
         await session.add(row)
         await session.merge(users(id=row.pk, name="c"))
-    assert told == [True, False, False]
+    assert told == [True, False, False, False]
 
 
 async def test_merge_writes_what_was_set(session: Session) -> None:
