@@ -63,6 +63,7 @@ _MODULES = {
         "BlockingCallError",
         "BridgeError",
         "CommitUnknown",
+        "StreamTimeout",
         "ConfigurationError",
         "MultipleStatements",
         "NotLoadedError",

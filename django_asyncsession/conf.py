@@ -26,6 +26,9 @@ DEFAULTS: Final[Mapping[str, Any]] = {
     # Dotted names of `threading.local` objects, or of what holds them, that each session has for
     # itself; those of known packages are added.
     "THREAD_LOCALS": [],
+    # Seconds that a stream, or the body of a streaming response, may be left unread before its
+    # transaction is rolled back and its connection given back; None for ever.
+    "STREAM_TIMEOUT": 60.0,
     # Seconds after which a statement is logged as slow; None logs none.
     "SLOW_QUERY_SECONDS": None,
     # Seconds after which a session that still holds its connection is logged; None logs none.

@@ -72,6 +72,10 @@ class QueryTimeout(AsyncSessionError, OperationalError):
     """The server ended a statement that ran, or waited for a lock, for longer than it may."""
 
 
+class StreamTimeout(AsyncSessionError, OperationalError):
+    """A stream was not read for STREAM_TIMEOUT seconds, so it was ended."""
+
+
 class CommitUnknown(AsyncSessionError, OperationalError):
     """The connection was lost while COMMIT was on its way: the data may or may not be saved."""
 

@@ -120,8 +120,9 @@ _django_async_generator: Any = BaseIterable._async_generator  # type: ignore[att
 
 
 async def _iterate(rows: Any, sessions: SessionSet, reader: Reader) -> AsyncGenerator[Any, None]:
-    async with sessions.hold(rows.queryset.db) as run:
+    async with sessions.hold(rows.queryset.db) as (run, unread):
         generator = iter(rows)
+        unread.begin()
         try:
             is_full = True
             while is_full:
@@ -130,11 +131,14 @@ async def _iterate(rows: Any, sessions: SessionSet, reader: Reader) -> AsyncGene
                 )
                 is_full = len(chunk) == rows.chunk_size
                 for row in chunk:
+                    unread.given()
                     try:
                         yield row
                     except GeneratorExit:
                         return  # and so close the cursor where waiting is possible
+                    unread.taken()
         finally:
+            unread.end()
             await _close(generator, run)
 
 

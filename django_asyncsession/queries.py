@@ -29,6 +29,7 @@ from .columns import Column, Computed, Setter
 from .exceptions import UnboundedQueryError
 from .results import Reader, Row
 from .tables import RowTable, model_of, table
+from .unread import Unread
 from .writes import Conflict, excluded, path_of
 
 logger = logging.getLogger("django_asyncsession.queries")
@@ -66,6 +67,10 @@ class Runner(Protocol):
 
     def hold(self) -> AbstractAsyncContextManager[Runs]:
         """One connection for all calls of the block, also where each takes its own."""
+        ...
+
+    def unread(self, held: Any) -> Unread:
+        """What gives back what `hold` gave, when a stream of it is left unread."""
         ...
 
 
@@ -509,15 +514,19 @@ class SelectQuery(_Filtered, Generic[T]):
     async def _stream(self, chunk_size: int, reader: Reader) -> AsyncGenerator[T, None]:
         async with self._session.hold() as held:
             iterator = await held.run(self.queryset.iterator, chunk_size)
+            unread = self._session.unread(held).begin()
             try:
                 while chunk := await held.run(reader.run, self._take, iterator, chunk_size):
                     for row in chunk:
+                        unread.given()
                         try:
                             yield row
                         except GeneratorExit:
                             # Closed between two rows, where waiting is allowed, to end in order.
                             return
+                        unread.taken()
             finally:
+                unread.end()
                 await _close(held, iterator)
 
     def _take(self, iterator: Iterator[Any], count: int) -> Results[T]:

@@ -21,6 +21,7 @@ from .origins import RequestSite
 from .session import Session
 from .sessionset import SessionSet
 from .transactions.transaction import end_later
+from .unread import Unread
 
 logger = logging.getLogger("django_asyncsession")
 
@@ -155,6 +156,10 @@ class StreamedBody:
         self._parts, self._scope = parts, scope
         self._loop = asyncio.get_running_loop()
         self._ended = self._watched = False
+        # Weakly: the timer must not keep a body that everybody else has dropped.
+        body = weakref.ref(self)
+        self._unread = Unread("a streaming response", lambda: _give_up(body))
+        self._unread.begin()
         # A sync middleware around this one awaits it in a task of its own, which ends now.
         if not _is_waited_for_in_thread():
             self._watch()
@@ -172,8 +177,11 @@ class StreamedBody:
     async def __anext__(self) -> Any:
         if not self._watched:
             self._watch()
+        self._unread.taken()
         try:
-            return await anext(self._parts)
+            part = await anext(self._parts)
+            self._unread.given()
+            return part
         except StopAsyncIteration:
             await self._end()
             raise
@@ -183,24 +191,33 @@ class StreamedBody:
 
     async def _end(self) -> None:
         if not self._ended:
-            self._ended = True
+            self._note_end()
             await self._scope.finish()
 
     async def abort(self) -> None:
         """End the body before its end: close what produces it, and roll the session back."""
         if self._ended:
             return
-        self._ended = True
+        self._note_end()
         await _abort(self._parts, self._scope)
 
     def close(self) -> None:
         """End the body from any thread; Django calls it when it closes the response."""
         if not self._ended:
-            self._ended = True
+            self._note_end()
             end_later(self._loop, _abort(self._parts, self._scope))
+
+    def _note_end(self) -> None:
+        self._ended = True
+        self._unread.end()
 
     def __del__(self) -> None:
         self.close()
+
+
+def _give_up(body: weakref.ref[StreamedBody]) -> None:
+    if (alive := body()) is not None:
+        alive.close()
 
 
 def _is_waited_for_in_thread() -> bool:

@@ -36,7 +36,8 @@ from .transactions.blocks import Block
 from .transactions.checkout import Source, State, check_loop, nothing_can_wait, session_closed
 from .transactions.hooks import call_now
 from .transactions.raw import Params
-from .transactions.transaction import Outcome, Transaction
+from .transactions.transaction import Outcome, Transaction, end_later
+from .unread import Unread
 
 if TYPE_CHECKING:
     from django.http import HttpRequest, HttpResponse
@@ -560,11 +561,27 @@ class Session:
             self.hold() as transaction,
             await transaction.stream(sql, params, chunk_size, reader) as result,
         ):
-            async for row in result:
-                try:
-                    yield row
-                except GeneratorExit:
-                    return  # as in the stream of a query
+            with self.unread(transaction) as unread:
+                async for row in result:
+                    unread.given()
+                    try:
+                        yield row
+                    except GeneratorExit:
+                        return  # as in the stream of a query
+                    unread.taken()
+
+    def unread(self, held: Transaction) -> Unread:
+        """What gives the connection of `held` back when a stream of it is left unread: it closes
+        this session, so that nothing is thought to be saved, or in autocommit mode only `held`."""
+        loop = asyncio.get_running_loop()
+        # Weakly: a timer must not keep what everybody else has dropped.
+        ended = ref(self if held is self._transaction else held)
+
+        def give_up() -> None:
+            if (alive := ended()) is not None:
+                end_later(loop, alive.close(has_error=True))
+
+        return Unread(f"a stream of {self.alias!r} (session made at {self._site})", give_up)
 
     @asynccontextmanager
     async def hold(self) -> AsyncIterator[Transaction]:

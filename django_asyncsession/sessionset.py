@@ -26,6 +26,7 @@ from .interface import databases
 from .origins import task_name
 from .session import Session
 from .transactions.checkout import taken
+from .unread import Unread
 
 logger = logging.getLogger("django_asyncsession")
 
@@ -130,9 +131,15 @@ class SessionSet:
         return result
 
     @asynccontextmanager
-    async def hold(self, alias: str) -> AsyncIterator[Callable[[Callable[[], T]], Awaitable[T]]]:
-        """One connection for several calls, each with what is yielded: the rows of one cursor."""
-        async with self.session(alias).hold() as transaction:
+    async def hold(
+        self, alias: str
+    ) -> AsyncIterator[tuple[Callable[[Callable[[], T]], Awaitable[T]], Unread]]:
+        """One connection for several calls, each with what is yielded: the rows of one cursor.
+
+        What gives it back when they are left unread is yielded with it.
+        """
+        session = self.session(alias)
+        async with session.hold() as transaction:
 
             async def run(fn: Callable[[], T]) -> T:
                 # A cursor that is open already does not ask for its connection.
@@ -140,7 +147,7 @@ class SessionSet:
                 result: T = await self._bridged(self._run, _take, (alias, fn), {}, runners)
                 return result
 
-            yield run
+            yield run, session.unread(transaction)
 
     @property
     def _bridged(self) -> Callable[..., Coroutine[Any, Any, Any]]:

@@ -7,11 +7,16 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
+import signal
 import sqlite3
+import subprocess
+import sys
 import threading
+import traceback
 import warnings
-from collections.abc import AsyncIterator, Iterator
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +26,7 @@ from django.db.transaction import TransactionManagementError
 from django.db.utils import ConnectionHandler
 from django.test import override_settings
 
-from django_asyncsession.backends.sqlite3.base import ASKING_PRAGMA, Mixin
+from django_asyncsession.backends.sqlite3.base import ASKING_PRAGMA, Mixin, _lines
 from django_asyncsession.exceptions import ConfigurationError, PoolTimeout, QueryTimeout
 from django_asyncsession.interface import DatabaseInterface
 from tests.faults import Elapsed, LoopProbe, cancel_at, longest_stall, outcome_of, watchdog
@@ -1040,3 +1045,65 @@ async def test_a_result_left_half_read_blocks_nobody(db: DatabaseInterface, path
         await session.execute("DELETE FROM t")
     assert_lock_is_free(path)
     assert await count(db) == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+def test_a_child_forked_while_a_writer_stands_in_line_can_write(path: Path) -> None:
+    db = interface(path)
+    loop = asyncio.new_event_loop()
+
+    async def write(n: int) -> None:
+        async with db.get_session() as session:
+            await session.execute("INSERT INTO t (n) VALUES (%s)", [n])
+
+    async def fork_in_between() -> int:
+        with locked_by_a_process(path):
+            writer = asyncio.create_task(write(1))
+            line = _lines[str(path)]
+            while not line.locked():
+                await asyncio.sleep(0.001)
+            child = os.fork()
+            if child == 0:
+                _write_and_exit(write)
+        await writer
+        return child
+
+    with warnings.catch_warnings():
+        # Of forking with threads, which is what this is about.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = loop.run_until_complete(fork_in_between())
+    _, status = os.waitpid(child, 0)
+    loop.run_until_complete(db.close())
+    loop.close()
+    assert os.waitstatus_to_exitcode(status) == 0
+    with sqlite3.connect(path) as connection:
+        assert sorted(connection.execute("SELECT n FROM t")) == [(1,), (2,)]
+    connection.close()
+
+
+@contextmanager
+def locked_by_a_process(path: Path) -> Iterator[None]:
+    """Another process holds the write lock: SQLite itself cannot be forked while this one does."""
+    code = "c = sqlite3.connect(sys.argv[1]); c.execute('BEGIN IMMEDIATE'); print(1); input()"
+    holder = subprocess.Popen(
+        [sys.executable, "-uc", f"import sqlite3, sys; {code}", str(path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    with holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        try:
+            yield
+        finally:
+            holder.communicate(b"go\n")
+
+
+def _write_and_exit(write: Callable[[int], Coroutine[Any, Any, None]]) -> None:
+    signal.alarm(20)
+    try:
+        asyncio.run(write(2))
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import logging
+import os
 import re
 import sqlite3
 import threading
@@ -551,6 +552,17 @@ def _locking(cls: Any) -> type:
 def _first_word(text: str) -> str:
     first = re.match(r"\w+", text)
     return first[0].lower() if first else ""
+
+
+def _forget_locks() -> None:
+    """In a forked child the threads that held them do not exist, and would never let go."""
+    global _keeping
+    _lines.clear()
+    _keeping = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_locks)
 
 
 def _keep(name: str) -> None:
