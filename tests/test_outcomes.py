@@ -64,8 +64,8 @@ async def test_a_session_that_the_administrator_ended_before_commit_is_rolled_ba
     await session.execute(INSERT, ["a"])
     async with real_database.get_session(autocommit=True) as admin:
         await admin.execute(END_SESSION[real_database.vendor], [number])
-    wrapper = session._transaction._checkout.wrapper  # type: ignore[union-attr]
-    assert await soon(wrapper.has_hung_up)
+    [lease] = real_database.pool().leases
+    assert await soon(lease.connection.has_hung_up)
     await commit_in_vain(session)
     assert await names(real_database) == []
 
@@ -77,8 +77,8 @@ async def test_a_network_that_was_cut_before_commit_leaves_nothing_unknown(
         session = await far.get_session().begin()
         await session.execute(INSERT, ["a"])
         proxy.reset()
-        wrapper = session._transaction._checkout.wrapper  # type: ignore[union-attr]
-        assert await soon(wrapper.has_hung_up)
+        [lease] = far.pool().leases
+        assert await soon(lease.connection.has_hung_up)
         await commit_in_vain(session)
     assert await names(real_database) == []
 
