@@ -22,6 +22,7 @@ from typing import Any
 
 import pytest
 from asyncmy import Connection
+from asyncmy.constants import FIELD_TYPE
 from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
 from django.db import (
@@ -30,8 +31,10 @@ from django.db import (
     IntegrityError,
     OperationalError,
     connections,
+    models,
     transaction,
 )
+from django.db.backends.mysql import base
 from django.db.transaction import TransactionManagementError
 from django.db.utils import load_backend
 
@@ -789,6 +792,89 @@ async def test_a_stream_left_half_way_keeps_the_connection(one: DatabaseInterfac
     finally:
         sync("DELETE FROM tests_user")
         gc.collect()
+
+
+class Odd(models.Model):
+    """The table of the test below, on the connection that it makes."""
+
+    day = models.DateField(null=True)
+    at = models.DateTimeField(null=True)
+    lasts = models.TimeField(null=True)
+
+    class Meta:
+        app_label = "tests_mysql"
+        db_table = "odd"
+        managed = False
+
+
+ODD = [
+    ("day", "0000-00-00", "date"),
+    ("day", "2020-00-10", "date"),
+    ("at", "0000-00-00 00:00:00", "date"),
+    ("lasts", "25:01:02", "time of day"),
+    ("lasts", "-01:00:00", "time of day"),
+    ("lasts", "838:59:59", "time of day"),
+]
+
+
+@pytest.fixture
+def odd() -> Iterator[None]:
+    """A table with a good row, and one for each value that Python has not."""
+    sync("DROP TABLE IF EXISTS odd")
+    sync("CREATE TABLE odd (id integer PRIMARY KEY, day date, at datetime, lasts time(6))")
+    sync("INSERT INTO odd VALUES (0, '2020-01-02', '2020-01-02 03:04:05', '23:59:59.5')")
+    mode = "sql_mode=''"
+    for number, (column, value, _) in enumerate(ODD, 1):
+        sync(
+            f"SET STATEMENT {mode} FOR INSERT INTO odd (id, {column}) VALUES ({number}, '{value}')"
+        )
+    yield
+    sync("DROP TABLE odd")
+
+
+@pytest.mark.parametrize("number", range(1, len(ODD) + 1))
+async def test_a_date_or_time_that_python_has_not_names_its_column(
+    odd: None, one: DatabaseInterface, number: int
+) -> None:
+    """By get, select, raw SQL and streams; the connection stays, and so do good rows."""
+    column, value, kind = ODD[number - 1]
+    sql = f"SELECT id, {column} AS label FROM odd WHERE id IN (0, {number}) ORDER BY id"
+
+    async def stream(rows: Any) -> list[Any]:
+        return [row async for row in rows]
+
+    reads: list[Callable[[Session], Any]] = [
+        lambda s: s.get(Odd, number),
+        lambda s: s.select(Odd).all(),
+        lambda s: s.fetch_all(sql),
+        lambda s: s.cursor(sql),
+        lambda s: stream(s.stream(sql)),
+        lambda s: stream(s.select(Odd).stream()),
+        lambda s: s.run_sync(lambda: list(Odd.objects.using("mysql").raw("SELECT * FROM odd"))),
+    ]
+    text = rf"column '{column}' of table 'odd' holds .*, which is no {kind} in Python; .*CAST"
+    async with one.get_session(autocommit=True) as session:
+        for read in reads:
+            with pytest.raises(DataError, match=r"of table 'odd' holds .*in Python; .*CAST"):
+                await read(session)
+        with pytest.raises(DataError, match=text):
+            await session.fetch_all(sql)
+        good = await session.get(Odd, 0)
+        assert (str(good.day), str(good.lasts)) == ("2020-01-02", "23:59:59.500000")
+        as_text = f"SELECT CAST({column} AS CHAR) FROM odd WHERE id = {number}"
+        assert str(await session.fetch_value(as_text)).startswith(value)
+    assert one.stats()["connections_num"] == 1
+
+
+async def test_a_conversion_of_the_projects_own_is_asked_first(odd: None) -> None:
+    own = {**base.django_conversions, FIELD_TYPE.DATE: str, FIELD_TYPE.TIME: str}
+    db = interface(options={"conv": own})
+    async with db.get_session() as session:
+        values = await session.fetch_all(
+            "SELECT day, lasts FROM odd WHERE id IN (1, 4) ORDER BY id"
+        )
+        assert [tuple(row) for row in values] == [("0000-00-00", None), (None, "25:01:02.000000")]
+    await db.close()
 
 
 LONG = "SELECT seq, REPEAT('x', 500) FROM seq_1_to_1000000"

@@ -26,8 +26,10 @@ import MySQLdb.converters  # noqa: E402
 from asyncmy import errors  # noqa: E402
 from asyncmy.connection import Connection as Driver  # noqa: E402
 from django.db.backends.mysql import base  # noqa: E402
+from django.db.backends.utils import typecast_time  # noqa: E402
 
 from . import driver  # noqa: E402
+from .values import time_or_text  # noqa: E402
 
 if TYPE_CHECKING:
 
@@ -423,6 +425,8 @@ def _conversions(conn_params: Mapping[str, Any]) -> dict[Any, Any]:
     given: Mapping[Any, Any] = conn_params.get("conv") or {}
     usual = MySQLdb.converters.conversions
     changed = {key: value for key, value in given.items() if usual.get(key) is not value}
+    # Django's function for times fails without saying where.
+    changed = {key: time_or_text if f is typecast_time else f for key, f in changed.items()}
     return {**asyncmy.converters.conversions, **changed}
 
 

@@ -31,6 +31,8 @@ from django_asyncsession.bridge import await_, in_bridge
 from django_asyncsession.results import Reader, current_reader
 from django_asyncsession.statements import change_in
 
+from .values import check_readable
+
 if TYPE_CHECKING:
     from .base import Mixin
 
@@ -608,6 +610,11 @@ class Cursor:
         self.rowcount = -1 if result.affected_rows == UNKNOWN_COUNT else result.affected_rows
         self.lastrowid = result.insert_id or None
         self._rows, self._at = result.rows or (), 0
+        self._check(result, self._rows)
+
+    def _check(self, result: Any, rows: Sequence[Any]) -> None:
+        if rows and (wrapper := self.connection._owner()) is not None:
+            check_readable(result, rows, wrapper.alias)
 
 
 def _batches(statements: Iterator[bytes]) -> Iterator[list[bytes]]:
@@ -632,13 +639,16 @@ class StreamingCursor(Cursor):
     nothing else before.
     """
 
+    # What is read, as long as there is more, and afterwards too.
     _result: Any = None
+    _streamed: Any = None
 
     def execute(self, sql: Any, params: Any = None) -> int:
         self._executed = self.connection.mogrify(sql, params)
         may_stop = isinstance(sql, str) and not self.connection.changes(sql)
         result = self.connection.stream(self, self._executed, may_stop)
         self._show(result)
+        self._streamed = result
         self._result = result if result.unbuffered_active else None
         return self.rowcount
 
@@ -651,11 +661,14 @@ class StreamingCursor(Cursor):
         rows = super().fetchmany(size)
         if len(rows) < size and self._result is not None:
             rows += tuple(self.connection.run(self._read(size - len(rows))))
+        self._check(self._streamed, rows)
         return rows
 
     def fetchall(self) -> tuple[Any, ...]:
         self.read_rest()
-        return super().fetchall()
+        rows = super().fetchall()
+        self._check(self._streamed, rows)
+        return rows
 
     def read_rest(self) -> None:
         """Read the rows that are left into memory."""
