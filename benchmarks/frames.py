@@ -31,7 +31,10 @@ async def count(use: Callable[[], Awaitable[Any]]) -> dict[str, int]:
     """
     import django
 
-    places = {str(ROOT / "django_asyncsession"): "ours", str(Path(django.__file__).parent): "Django's"}
+    places = {
+        str(ROOT / "django_asyncsession"): "ours",
+        str(Path(django.__file__).parent): "Django's",
+    }
     # Resumed as well as called; kept, so that no other frame gets the same place in memory.
     entered: dict[int, FrameType] = {}
     counts = Counter({"ours": 0, "Django's": 0, "others'": 0, "coroutines": 0})

@@ -384,6 +384,36 @@ async def test_closing_twice_at_once_from_two_tasks(real_database: DatabaseInter
     assert await names(real_database) == []
 
 
+async def test_a_task_that_swallows_the_end_of_its_call_is_not_left_cancelled(
+    real_database: DatabaseInterface,
+) -> None:
+    """Who closes a session cuts the call that another task has running, by cancelling that task;
+    when its code goes on all the same, the task must be as whole as before."""
+    began = asyncio.Event()
+
+    def swallow() -> str:
+        began.set()
+        with contextlib.suppress(asyncio.CancelledError):
+            bridge.await_(asyncio.Event().wait())
+        return "went on"
+
+    async def sibling(session: Session) -> tuple[str, int]:
+        result = await session.run_sync(swallow)
+        task = asyncio.current_task()
+        assert task is not None
+        async with asyncio.timeout(5):
+            await asyncio.sleep(0)
+        return result, task.cancelling()
+
+    session = real_database.get_session()
+    await session.begin()
+    task = asyncio.create_task(sibling(session))
+    await began.wait()
+    await session.close()
+    assert await task == ("went on", 0)
+    await whole(real_database)
+
+
 async def test_a_sibling_in_a_task_group_has_a_session_of_its_own(
     real_database: DatabaseInterface,
 ) -> None:

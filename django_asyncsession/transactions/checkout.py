@@ -230,6 +230,9 @@ class Checkout:
             self._running = outer
             # It keeps its exception, whose traceback keeps this frame.
             del task, outer
+        if self._stopped_with is not None:
+            # The code has swallowed it, and goes on.
+            self._take_stop()
         if wrapper.transaction_state is TransactionState.FAILED:
             self._doom(None)
         return result
@@ -260,6 +263,13 @@ class Checkout:
         if self._running is not None and self._stopped_with is None:
             self._stopped_with = error
             self._running.cancel()
+
+    def _take_stop(self) -> Exception | None:
+        """What `stop` wants to be raised; its cancelling is taken back."""
+        error, self._stopped_with = self._stopped_with, None
+        if (task := asyncio.current_task()) is not None:
+            task.uncancel()
+        return error
 
     async def _take(self) -> Lease[BridgedMixin]:
         lease = await self._database.acquire()
@@ -314,13 +324,11 @@ class Checkout:
         """
         lease = self._lease
         cancelled = lease is not None and lease.connection.cut and cancels() > before
+        stopped = None if self._stopped_with is None else self._take_stop()
         if cancelled or isinstance(error, asyncio.CancelledError):
-            if (stopped := self._stopped_with) is not None:
-                self._stopped_with = None
-                task = asyncio.current_task()
-                if task is not None and task.uncancel() <= before:
-                    self._note(stopped)
-                    raise stopped from error
+            if stopped is not None and cancels() <= before:
+                self._note(stopped)
+                raise stopped from error
             if isinstance(error, Exception):
                 # The task was cancelled in the call, and what unwound raised something else.
                 raise asyncio.CancelledError from error
