@@ -12,5 +12,6 @@ INSTALLED_APPS = [
     "safedelete",
     "treebeard",
     "djmoney",
+    "mptt",
     "tests.ecosystem",
 ]
