@@ -327,6 +327,26 @@ async def test_what_a_class_computes_once_is_kept(db: DatabaseInterface) -> None
     assert kept is asked is not None
 
 
+async def test_what_stands_for_other_databases_is_the_leases_own_too(
+    db: DatabaseInterface,
+) -> None:
+    """Code sets a tenant on every alias, whether or not the session has a connection there."""
+    other = "sqlite" if db.alias != "sqlite" else "default"
+
+    def change(connection: Any) -> Any:
+        connections[other].tenant = "customer A"  # type: ignore[attr-defined]
+        connections[other].settings_dict["SCHEMA"] = "a"
+        return connections[other].tenant  # type: ignore[attr-defined]
+
+    assert await in_session(db, change) == "customer A"
+
+    def seen(connection: Any) -> Any:
+        found = connections[other]
+        return getattr(found, "tenant", None), found.settings_dict.get("SCHEMA")
+
+    assert await in_session(db, seen) == (None, None)
+
+
 # The core, without a database
 
 

@@ -281,6 +281,8 @@ class BridgedMixin(_Wrapper):
     set_up_touches = False
     # What the driver is sending was shown by a cursor of Django's, or is the backend's own.
     own_use = False
+    # What stands for other aliases; of one lease, as code may set attributes there too.
+    _others: dict[str, Any] | None = None
     # What this object was like when the connection had been opened.
     _opened: Attributes | None = None
     _opening = False
@@ -344,7 +346,13 @@ class BridgedMixin(_Wrapper):
         that DATABASES does not have."""
         if alias == self.alias:
             return self
-        return refusing(alias) if alias in connections.settings else None
+        if alias not in connections.settings:
+            return None
+        if self._others is None:
+            self._others = {}
+        if alias not in self._others:
+            self._others[alias] = refusing(alias)
+        return self._others[alias]
 
     def is_quiet(self) -> bool:
         """Whether nothing came from the server since the last statement, neither its end of the
@@ -722,16 +730,20 @@ class RefusingMixin(_Wrapper):
         """Nothing is shared: there is no connection."""
 
 
-@cache
 def refusing(alias: str) -> Any:
-    """The wrapper that stands for `alias` in the calls of a session that does not own it."""
+    """A wrapper that stands for `alias` in the calls of a session that does not own it."""
     settings_dict = copy.deepcopy(connections.settings[alias])
+    return _refusing_class(settings_dict["ENGINE"])(settings_dict, alias)
+
+
+@cache
+def _refusing_class(engine: str) -> Any:
     try:
-        base = wrapper_class(settings_dict["ENGINE"])
+        base = wrapper_class(engine)
     except ConfigurationError:
         # Its driver is missing. That is no business of a session that does not use it.
         base = wrapper_class("django.db.backends.dummy")
-    return type("RefusingDatabaseWrapper", (RefusingMixin, base), {})(settings_dict, alias)
+    return type("RefusingDatabaseWrapper", (RefusingMixin, base), {})
 
 
 def wrapper_class(engine: str) -> Any:
