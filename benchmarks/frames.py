@@ -1,4 +1,4 @@
-"""How long the way is: Python frames that a use of this package enters, its own, Django's and others'.
+"""How long the way is: Python frames that a use of this package enters.
 
     python benchmarks/frames.py
 
@@ -59,13 +59,21 @@ async def count(use: Callable[[], Awaitable[Any]]) -> dict[str, int]:
 
 async def measure() -> dict[str, dict[str, int]]:
     """The counts of each use, with everything made and imported that is made once."""
-    from django.test import AsyncClient
+    from django.http import HttpRequest, HttpResponse
+    from django.test import AsyncClient, override_settings
+    from django.urls import path
 
     from django_asyncsession import databases, native
     from tests.models import User
 
     db = databases["default"]
     found: dict[str, dict[str, int]] = {}
+
+    async def view(request: HttpRequest) -> HttpResponse:
+        return HttpResponse(str(await request.db_session.get(User, 1)))  # type: ignore[attr-defined]
+
+    class URLs:
+        urlpatterns = (path("", view),)
 
     async def whole() -> None:
         async with db.get_session() as session:
@@ -81,9 +89,10 @@ async def measure() -> dict[str, dict[str, int]]:
             found[name] = await count(use)
     await whole()
     found["a session with one get"] = await count(whole)
-    client = AsyncClient()
-    await client.get("/frames")
-    found["an HTTP request with one get"] = await count(lambda: client.get("/frames"))
+    with override_settings(ROOT_URLCONF=URLs):
+        client = AsyncClient()
+        await client.get("/")
+        found["an HTTP request with one get"] = await count(lambda: client.get("/"))
     native.install()
     try:
         async with db.get_session() as session, native.use(session):
