@@ -245,10 +245,13 @@ def _object(name: str) -> Any:
         module = ".".join(parts[:length])
         try:
             value: Any = import_module(module)
-        except ModuleNotFoundError as exc:
-            if exc.name is None or not f"{module}.".startswith(f"{exc.name}."):
-                raise
-            continue
+        except ImportError as exc:
+            if exc.name is not None and f"{module}.".startswith(f"{exc.name}."):
+                continue
+            raise ConfigurationError(
+                f'ASYNC_SESSION["THREAD_LOCALS"] names {name!r}, whose module cannot be imported: '
+                f"{exc}"
+            ) from exc
         try:
             for part in parts[length:]:
                 value = getattr(value, part)
@@ -263,15 +266,20 @@ def _object(name: str) -> Any:
 
 def _in(value: Any) -> Iterator[threading.local]:
     """The value, or what is in its attributes; of a class those of its subclasses too."""
-    if isinstance(value, threading.local):
+    if _is_local(value):
         yield value
         return
-    kind = value if isinstance(value, type) else type(value)
+    kind = value if issubclass(type(value), type) else type(value)
     for attributes in (getattr(value, "__dict__", {}), vars(kind)):
-        yield from (v for v in list(attributes.values()) if isinstance(v, threading.local))
+        yield from filter(_is_local, list(attributes.values()))
     if value is kind:
         for subclass in kind.__subclasses__():
             yield from _in(subclass)
+
+
+def _is_local(value: Any) -> bool:
+    # isinstance() would ask a lazy object for its class, and so evaluate it.
+    return issubclass(type(value), threading.local)
 
 
 def _is_contextual(value: Any) -> bool:
@@ -304,12 +312,12 @@ def unlisted(packages: Iterable[str]) -> list[str]:
 
 
 def _in_module(module: str, package: str) -> Iterator[tuple[str, threading.local]]:
-    for name, value in list(vars(sys.modules[module]).items()):
-        kind = value if isinstance(value, type) else type(value)
-        if isinstance(value, threading.local):
+    for name, value in list(getattr(sys.modules[module], "__dict__", {}).items()):
+        kind = value if issubclass(type(value), type) else type(value)
+        if _is_local(value):
             yield f"{module}.{name}", value
         elif str(getattr(kind, "__module__", "")).partition(".")[0] == package:
             for inner in (getattr(value, "__dict__", {}), vars(kind)):
                 for attribute, local in list(inner.items()):
-                    if isinstance(local, threading.local):
+                    if _is_local(local):
                         yield f"{module}.{name}.{attribute}", local

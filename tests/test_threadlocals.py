@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +22,7 @@ from django.db.backends.signals import connection_created
 from django.http import HttpRequest, HttpResponse
 from django.test import AsyncClient, override_settings
 from django.urls import path
+from django.utils.functional import SimpleLazyObject
 
 from django_asyncsession import (
     ConfigurationError,
@@ -413,6 +416,7 @@ async def test_one_that_begins_with_something_begins_with_it(database: DatabaseI
     [
         (f"{__name__}.nothing", "does not exist; give the module and the name in it"),
         ("nowhere.current", "does not exist"),
+        (f"{__name__}.broken.x", "does not exist"),
         (f"{__name__}.NAMES", "is list and holds no threading.local; name the object itself"),
     ],
 )
@@ -437,6 +441,29 @@ def test_what_an_app_has_and_is_not_listed_is_warned_of() -> None:
     assert f"'{__name__}.current' is a threading.local" in first.msg
     found = {w.msg.split("'")[1].removeprefix(f"{__name__}.") for w in (first, *others)}
     assert found == {"current", "state", "registry.inner", "Leaf.flags"}
+
+
+def test_looking_for_them_evaluates_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def evaluate() -> None:
+        pytest.fail("a lazy object was evaluated")
+
+    monkeypatch.setitem(globals(), "lazy", SimpleLazyObject(evaluate))
+    # As some packages leave them behind.
+    monkeypatch.setitem(sys.modules, f"{__name__}.gone", None)
+    with override_settings(ASYNC_SESSION={}):
+        assert checks.check_thread_locals()
+
+
+def test_a_name_whose_module_cannot_be_imported_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken_module.py").write_text("import nowhere_at_all\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with (
+        override_settings(ASYNC_SESSION={"THREAD_LOCALS": ["broken_module.current"]}),
+        pytest.raises(ConfigurationError, match="cannot be imported: No module named 'nowhere"),
+    ):
+        threadlocals.new()
 
 
 def test_without_any_a_call_costs_nothing() -> None:
