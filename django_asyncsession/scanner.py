@@ -91,11 +91,15 @@ class Scanner:
 
     def statements(self, text: str) -> Iterator[tuple[int, int]]:
         """Begin and end of each statement, without those that are only comments."""
-        begin = self._begin(text, 0)
-        while begin < len(text):
-            end = self.end_of_statement(text, begin)
-            yield begin, end
-            begin = self._begin(text, end)
+        found = self.next_statement(text)
+        while found is not None:
+            yield found
+            found = self.next_statement(text, found[1])
+
+    def next_statement(self, text: str, position: int = 0) -> tuple[int, int] | None:
+        """Begin and end of the next statement from `position` on."""
+        begin = self._begin(text, position)
+        return None if begin == len(text) else (begin, self._end_of_statement(text, begin))
 
     def split(self, text: str) -> list[str]:
         """The statements of a script, without those that are only comments."""
@@ -154,7 +158,7 @@ class Scanner:
                 return position
             position = end
 
-    def end_of_statement(self, text: str, begin: int) -> int:
+    def _end_of_statement(self, text: str, begin: int) -> int:
         """Where the statement that begins there ends: at a semicolon, or with the text."""
         position, inside = begin, False
         while True:

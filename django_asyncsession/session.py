@@ -477,7 +477,7 @@ class Session:
             wrapper: Any = connections[self.alias]
             # Each statement of a read-only session is looked at.
             at_once = wrapper.multiple_statements and not wrapper.reads_only
-            statements = [sql] if at_once else wrapper.scanner.split(sql)
+            statements = [sql] if at_once else wrapper.split(sql)
             with wrapper.cursor() as cursor:
                 for statement in statements:
                     cursor.execute(statement)

@@ -30,6 +30,7 @@ from django.db import (
     DataError,
     IntegrityError,
     OperationalError,
+    ProgrammingError,
     connections,
     models,
     transaction,
@@ -1024,13 +1025,24 @@ async def test_execute_many_sends_many_in_one_packet(t: None) -> None:
 
 
 async def test_an_error_of_a_later_statement_is_raised(db: DatabaseInterface) -> None:
-    """Of "a; b" in one packet, what fails in b must not go unnoticed."""
+    """Of several statements in one packet, what fails in a later one must not go unnoticed."""
 
     def both() -> None:
         with connections["mysql"].cursor() as cursor:
-            cursor.execute("INSERT INTO t (n) VALUES (1); INSERT INTO t (n) VALUES (1)")
+            cursor.executemany("INSERT INTO t (n) VALUES (%s)", [[1], [1]])
 
     with pytest.raises(IntegrityError):
+        async with db.get_session() as session:
+            await session.run_sync(both)
+    assert rows() == []
+
+
+async def test_sync_code_sends_one_statement_at_a_time(db: DatabaseInterface) -> None:
+    def both() -> None:
+        with connections["mysql"].cursor() as cursor:
+            cursor.execute("INSERT INTO t (n) VALUES (1); INSERT INTO t (n) VALUES (2)")
+
+    with pytest.raises(ProgrammingError):
         async with db.get_session() as session:
             await session.run_sync(both)
     assert rows() == []

@@ -273,6 +273,8 @@ class BridgedMixin(_Wrapper):
     commit_confirmed = False
     # The database took back the whole transaction, not only the statement that failed.
     dead = False
+    # A cursor made now is for one statement: the server refuses more in a text.
+    takes_one = False
     # What carried over from the last lease must be reset before the next.
     touched = False
     # The first word of the first statement that did more than read, in the transaction in progress.
@@ -530,6 +532,14 @@ class BridgedMixin(_Wrapper):
     def scanner(self) -> Scanner:
         """How the server reads SQL now, as far as is known here."""
         return scanner(self.vendor)
+
+    def split(self, sql: str) -> Iterator[str]:
+        """The statements of a script one by one, each read as the server reads after the one
+        before."""
+        position = 0
+        while (found := self.scanner.next_statement(sql, position)) is not None:
+            begin, position = found
+            yield sql[begin:position].rstrip()
 
     def note_statement(self, sql: Any) -> None:
         """Called with the text of each statement that a cursor of Django's is about to send.

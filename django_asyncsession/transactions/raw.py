@@ -79,15 +79,24 @@ class RawSQL(Checkout):
         return await self.run(connection)
 
     def _execute(self, sql: Any, params: Params) -> int:
-        with self.wrapper.cursor() as cursor:
+        with self._cursor(stream=False) as cursor:
             cursor.execute(sql, params)
             return int(cursor.rowcount)
 
     def _open_cursor(self, sql: Any, params: Params, *, stream: bool) -> Any:
-        cursor = self.wrapper.chunked_cursor() if stream else self.wrapper.cursor()
+        cursor = self._cursor(stream=stream)
         try:
             cursor.execute(sql, params)
         except BaseException:
             cursor.close()
             raise
         return cursor
+
+    def _cursor(self, *, stream: bool) -> Any:
+        """A cursor for one statement, as the server counts them."""
+        wrapper = self.wrapper
+        wrapper.takes_one = True
+        try:
+            return wrapper.chunked_cursor() if stream else wrapper.cursor()
+        finally:
+            wrapper.takes_one = False

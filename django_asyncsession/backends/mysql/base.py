@@ -166,7 +166,12 @@ class Mixin(BridgedMixin, _Base):
         self.connection.note_opened()
 
     def init_connection_state(self) -> None:
-        super().init_connection_state()
+        if isinstance(self.connection, driver.Connection):
+            # Django says all it has to say in one text.
+            with self.connection.several():
+                super().init_connection_state()
+        else:
+            super().init_connection_state()
         # Each reset does this again.
         self.touched = False
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import MySQLdb
 from asyncmy import converters, errors
-from asyncmy.constants.COMMAND import COM_QUIT
+from asyncmy.constants.COMMAND import COM_QUERY, COM_QUIT, COM_SET_OPTION
 from asyncmy.constants.SERVER_STATUS import (
     SERVER_STATUS_IN_TRANS,
     SERVER_STATUS_NO_BACKSLASH_ESCAPES,
@@ -98,6 +98,9 @@ class Connection:
         # The present statement commits what was done before it, as the server's rules have it.
         self.commits_implicitly = False
         self.dirty = self.closed = False
+        # The server takes several statements in one packet, as after connecting; a text may be
+        # such now.
+        self._takes_several, self._several_wanted = True, False
         # Something was changed that no reset brings back.
         self.lasting = False
         # Seconds from the last statement that failed to its error.
@@ -276,19 +279,60 @@ class Connection:
         if self._streaming is not None:
             self._transport.pause_reading()
 
-    def execute(self, sql: bytes) -> list[Any]:
-        """Run SQL and read all its results.
+    def execute(self, sql: bytes, several: bool = False) -> list[Any]:
+        """Run one statement, or `several`, and read all results.
 
         Raises:
             MySQLdb's errors, of whichever statement failed.
         """
         self.finish_stream()
-        before = self._before(sql)
+        several = several or self._several_wanted
+        before = self._sent_before(sql, several)
         text = "; ".join([*before, ""]).encode() + sql
-        return self.run(self._results(text, len(before)))
+        return self.run(self._results(text, len(before), several or bool(before)))
 
-    async def _results(self, sql: bytes, skip: int) -> list[Any]:
-        await self.raw.query(sql)
+    def _sent_before(self, sql: bytes, several: bool) -> tuple[str, ...]:
+        """What goes in front of the statement in the same packet.
+
+        The server takes a packet of several statements then, so that a statement that may be
+        several itself goes alone: one without a semicolon is one.
+        """
+        before = self._before(sql)
+        if before and b";" in sql and not several:
+            self.run(self._results("; ".join(before).encode(), 0, len(before) > 1))
+            return ()
+        return before
+
+    @contextlib.contextmanager
+    def several(self) -> Iterator[None]:
+        """Several statements may be sent in one text."""
+        self._several_wanted = True
+        try:
+            yield
+        finally:
+            self._several_wanted = False
+
+    async def _query(self, sql: bytes, several: bool, unbuffered: bool = False) -> None:
+        """Send SQL, and let the server refuse more than one statement unless `several`."""
+        raw = self.raw
+        if several == self._takes_several or (not several and b";" not in sql):
+            await raw.query(sql, unbuffered=unbuffered)
+            return
+        # Both commands go at once: the server reads the second when it is through with the first.
+        await raw._execute_command(COM_SET_OPTION, struct.pack("<H", not several))
+        await raw._execute_command(COM_QUERY, sql)
+        raw._next_seq_id = 1
+        try:
+            await raw.read_packet()
+        except errors.MySQLError as exc:
+            # The answer to the second is still to come.
+            raise errors.OperationalError(SERVER_LOST, f"connection out of step: {exc}") from exc
+        self._takes_several = several
+        raw._next_seq_id = 1
+        await raw._read_query_result(unbuffered=unbuffered)
+
+    async def _results(self, sql: bytes, skip: int, several: bool = False) -> list[Any]:
+        await self._query(sql, several)
         results = [self.raw._result]
         while results[-1].has_next:
             await self.raw.next_result()
@@ -302,7 +346,7 @@ class Connection:
             may_stop: it only reads, so that it need not run to its end.
         """
         self.finish_stream()
-        before = self._before(sql)
+        before = self._sent_before(sql, False)
         text = "; ".join([*before, ""]).encode() + sql
         result = self.run(self._first_rows(text, len(before)))
         self._streaming = weakref.ref(cursor) if result.unbuffered_active else None
@@ -311,7 +355,7 @@ class Connection:
         return result
 
     async def _first_rows(self, sql: bytes, skip: int) -> Any:
-        await self.raw.query(sql, unbuffered=True)
+        await self._query(sql, skip > 0, unbuffered=True)
         for _ in range(skip):
             await self.raw.next_result(unbuffered=True)
         while not self.raw._result.unbuffered_active and self.raw._result.has_next:
@@ -436,7 +480,7 @@ class Connection:
     async def _reset(self) -> None:
         await self.raw._execute_command(COM_RESET_CONNECTION, b"")
         await self.raw._read_ok_packet()
-        await self._results(self.init_sql.encode(self.raw._encoding), 0)
+        await self._results(self.init_sql.encode(self.raw._encoding), 0, True)
 
     def abandon(self) -> None:
         """Close the socket now, without awaiting."""
@@ -549,7 +593,7 @@ class Cursor:
             yield row
 
     def execute(self, sql: Any, params: Any = None) -> int:
-        """Run one or more statements; the first one's result is there to be fetched."""
+        """Run a statement; its first result is there to be fetched."""
         self._executed = self.connection.mogrify(sql, params)
         first, *self._more = self.connection.execute(self._executed)
         self._show(first)
@@ -560,7 +604,7 @@ class Cursor:
         rowcount = 0
         for batch in _batches(self.connection.mogrify(sql, params) for params in param_list):
             self._executed = batch[-1]
-            results = self.connection.execute(b";".join(batch))
+            results = self.connection.execute(b";".join(batch), len(batch) > 1)
             rowcount += sum(result.affected_rows for result in results)
             self._more = []
             self._show(results[-1])
@@ -622,6 +666,11 @@ def _batches(statements: Iterator[bytes]) -> Iterator[list[bytes]]:
     batch: list[bytes] = []
     size = 0
     for statement in statements:
+        if b";" in statement:
+            # It may be several, so that the server shall see it alone.
+            yield from filter(None, (batch, [statement]))
+            batch, size = [], 0
+            continue
         if batch and size + len(statement) > BATCH_BYTES:
             yield batch
             batch, size = [], 0

@@ -12,6 +12,7 @@ import socket
 import time
 import weakref
 from collections.abc import Awaitable, Generator, Mapping
+from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import psycopg
@@ -344,6 +345,26 @@ class _Driver:
         return getattr(psycopg, name)
 
 
+class ForOneStatement(psycopg.Cursor[Any] if TYPE_CHECKING else object):  # type: ignore[misc]
+    """Lets the server refuse a text of several statements: the extended protocol takes one.
+
+    Without a semicolon there is one, and the simple protocol costs less.
+    """
+
+    __slots__ = ()
+
+    def _execute_send(
+        self, query: Any, *, force_extended: bool = False, binary: bool | None = None
+    ) -> None:
+        extended = force_extended or b";" in query.query
+        super()._execute_send(query, force_extended=extended, binary=binary)
+
+
+@cache
+def _for_one_statement(kind: type) -> type:
+    return type(kind.__name__, (ForOneStatement, kind), {"__slots__": ()})
+
+
 def _are_same(adapters: AdaptersMap, template: AdaptersMap) -> bool:
     """Whether nothing was registered: whatever is copies first what it shares with others."""
     return (
@@ -471,6 +492,8 @@ class Mixin(BridgedMixin, _Base):
 
     def create_cursor(self, name: str | None = None) -> Any:
         cursor = super().create_cursor(name)
+        if self.takes_one:
+            cursor.__class__ = _for_one_statement(type(cursor))  # type: ignore[arg-type]
         if name and self.pooled:
             self._named_cursors.add(cursor)
         return cursor
@@ -503,6 +526,9 @@ class Mixin(BridgedMixin, _Base):
         return STANDARD_STRINGS
 
     def before_statement(self, sql: Any) -> None:
+        if isinstance(sql, str) and "\0" in sql:
+            # libpq would send what is before it.
+            raise ValueError(f"SQL has a NUL at character {sql.index(chr(0))}; leave it out")
         if self.reads_only:
             self.check_reads_only(sql)
         if not self.touched and changes_session(sql):

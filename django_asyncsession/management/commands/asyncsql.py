@@ -221,6 +221,8 @@ class Run:
                 elif result.rowcount >= 0:
                     self._progress.rows += result.rowcount
                     self._say(f"{rows(result.rowcount)} changed")
+            if transaction.wrapper.left_by_sql:
+                raise CommandError("the SQL ended the transaction; nothing after it was run")
 
     async def _print(self, result: BaseResultSet) -> None:
         form = make_format(self._job.format, **self._terminal())
