@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
@@ -271,13 +272,68 @@ class DDLSession:
 
     async def _edit(self, change: Callable[[Any], None]) -> None:
         def edit() -> None:
-            with connections[self.alias].schema_editor() as editor:
+            connection = connections[self.alias]
+            # The schema editor composes some SQL with the driver outside of Django's translation
+            # of errors.
+            with (
+                quoting_whole(connection),
+                connection.wrap_database_errors,
+                connection.schema_editor() as editor,
+            ):
                 change(editor)
 
         await self._session.run_sync(edit)
 
     async def _read(self, read: Callable[[Any], T]) -> T:
-        return await self._session.run_sync(lambda: read(connections[self.alias]))
+        def read_quoted() -> T:
+            connection = connections[self.alias]
+            with quoting_whole(connection):
+                return read(connection)
+
+        return await self._session.run_sync(read_quoted)
+
+
+class Quoted(str):
+    """A name in its quotes, which is not quoted again."""
+
+
+@contextmanager
+def quoting_whole(connection: Any) -> Iterator[None]:
+    """Quote each name whole, with the quotes in it doubled.
+
+    Django takes a name that begins and ends with a quote for one that is quoted already. That is
+    kept for the tables of the project's models, and for what its introspection of constraints
+    takes from the database's own text.
+    """
+    ops, introspection = connection.ops, connection.introspection
+    own_quote, own_constraints = ops.quote_name, introspection.get_constraints
+    quote = own_quote("x")[0]
+
+    def quote_name(name: str) -> str:
+        if isinstance(name, Quoted):
+            return name
+        if "\0" in name:
+            raise ValueError(f"{name!r} cannot name anything in a database; leave the NUL out")
+        if name.startswith(quote) and name in _model_tables():
+            return str(own_quote(name))
+        return Quoted(quote + name.replace(quote, 2 * quote) + quote)
+
+    def get_constraints(cursor: Any, table_name: str) -> Any:
+        ops.quote_name = lambda name: (quote_name if name == table_name else own_quote)(name)
+        try:
+            return own_constraints(cursor, table_name)
+        finally:
+            ops.quote_name = quote_name
+
+    ops.quote_name, introspection.get_constraints = quote_name, get_constraints
+    try:
+        yield
+    finally:
+        del ops.quote_name, introspection.get_constraints
+
+
+def _model_tables() -> set[str]:
+    return {model._meta.db_table for model in apps.get_models(include_auto_created=True)}
 
 
 def _table_name(table: Table) -> str:

@@ -1,4 +1,7 @@
-"""The server takes one statement, whatever the text is taken for here."""
+"""The server takes one statement, whatever the text is taken for here.
+
+On real pools: what a text deletes for good shows in another session only.
+"""
 
 from __future__ import annotations
 
@@ -101,8 +104,8 @@ async def test_a_script_is_several_statements(db: DatabaseInterface) -> None:
 
 
 async def test_a_nul_does_not_cut_a_statement_off(db: DatabaseInterface) -> None:
-    async with db.get_session() as session:
-        with pytest.raises((ValueError, Error)):
+    with pytest.raises((ValueError, Error)):
+        async with db.get_session() as session:
             await session.execute("DELETE FROM one_statement \0 WHERE n = 1")
     assert await count(db) == 3
 
