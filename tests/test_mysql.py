@@ -1116,3 +1116,57 @@ def test_used_outside_a_session_an_engine_of_ours_is_djangos_own() -> None:
         pytest.fail(str(exc))
     finally:
         connection.close()
+
+
+# In GBK the last byte of a character before it and the backslash of an escape are one character.
+HOSTILE = ["中' OR 1=1 -- ", "縗' OR 1=1 -- ", "中\\' OR 1=1 -- ", "中\\", "席\\' OR 1=1 -- "]
+HOSTILE_BYTES = [b"\xad' OR 1=1 -- ", b"\xbf\\' OR 1=1 -- ", b"\xad\\", b"\x00\xff'\"\\;"]
+
+
+@pytest.mark.parametrize("charset", ["gbk", "big5", "utf8", "utf8mb4"])
+async def test_values_hold_in_the_character_set_of_the_options(t: None, charset: str) -> None:
+    db = interface(options={"charset": charset})
+    try:
+        async with db.get_session() as session:
+            await session.execute("INSERT INTO t (n) VALUES (1)")
+            for text in [text for text in HOSTILE if _fits(text, charset)]:
+                found = await session.fetch_all("SELECT 1 FROM t WHERE n = 2 AND '' = %s", [text])
+                assert found == []
+            for data in HOSTILE_BYTES:
+                assert await session.fetch_value("SELECT HEX(%s)", [data]) == data.hex().upper()
+    finally:
+        await db.close()
+
+
+def _fits(text: str, charset: str) -> bool:
+    try:
+        return bool(text.encode(charset.removesuffix("mb4")))
+    except UnicodeEncodeError:
+        return False
+
+
+async def test_another_character_set_by_sql_is_refused(db: DatabaseInterface) -> None:
+    """Or values would be escaped for one that the server does not read."""
+    async with db.get_session() as session:
+        await session.execute("INSERT INTO t (n) VALUES (1), (2)")
+    for change in ("SET NAMES gbk", "SET character_set_client = gbk", "SET CHARACTER SET big5"):
+        for text in HOSTILE:
+            with pytest.raises(DatabaseError, match="values are escaped for 'utf8mb4'"):
+                async with db.get_session() as session:
+                    await session.execute(change)
+                    await session.fetch_all("SELECT * FROM t WHERE 'a' = %s", [text])
+    async with db.get_session() as session:
+        await session.execute("SET NAMES utf8mb4 COLLATE utf8mb4_bin")
+        await session.execute("SET time_zone = '+00:00'")
+        assert await session.fetch_all("SELECT * FROM t WHERE 'a' = %s", [HOSTILE[0]]) == []
+        assert await session.fetch_value("SELECT %s", [HOSTILE[0]]) == HOSTILE[0]
+
+
+async def test_another_character_set_by_init_command_is_refused(t: None) -> None:
+    db = interface(options={"init_command": "SET NAMES gbk"})
+    try:
+        with pytest.raises(DatabaseError, match="values are escaped for 'utf8mb4'"):
+            async with db.get_session() as session:
+                await session.fetch_all("SELECT * FROM t WHERE 'a' = %s", [HOSTILE[0]])
+    finally:
+        await db.close()

@@ -146,7 +146,9 @@ class Mixin(BridgedMixin, _Base):
             await_(_connect(raw, seconds, init_sql))
         except errors.MySQLError as exc:
             raise driver.translated(exc) from exc
-        return driver.Connection(self, raw, init_sql, make)
+        connection = driver.Connection(self, raw, init_sql, make)
+        connection.sets_more = connection._may_differ = bool(conn_params.get("init_command"))
+        return connection
 
     @cached_property
     def mysql_server_data(self) -> dict[str, Any]:
@@ -420,9 +422,11 @@ def _make_driver(conn_params: Mapping[str, Any], alias: str) -> Any:
     if password:
         # The bytes that mysqlclient sends; a function, so that no frame shows them.
         options["password_creator"] = lambda: str.encode(password)
-    return Driver(  # type: ignore[no-untyped-call]
+    raw: Any = Driver(  # type: ignore[no-untyped-call]
         **options, conv=_conversions(conn_params), ssl=_tls(conn_params, alias), autocommit=True
     )
+    raw._client_flag |= driver.SESSION_TRACK
+    return raw
 
 
 def _conversions(conn_params: Mapping[str, Any]) -> dict[Any, Any]:

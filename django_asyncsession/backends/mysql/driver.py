@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import MySQLdb
 from asyncmy import converters, errors
+from asyncmy.charset import charset_by_name
 from asyncmy.constants.COMMAND import COM_QUERY, COM_QUIT, COM_SET_OPTION
 from asyncmy.constants.SERVER_STATUS import (
     SERVER_STATUS_IN_TRANS,
@@ -62,6 +63,10 @@ SKIPS, STOP_SECONDS = 8, 5.0
 # Seconds between two looks at whether the server has ended a killed connection.
 LOOK_MIN, LOOK_MAX = 0.005, 0.1
 BEGIN = ("START TRANSACTION",)
+# The server tells when SQL sets the character set, among other things.
+SESSION_TRACK, STATE_CHANGED = 1 << 23, 0x4000
+# Encodings in which the byte of a backslash is a backslash always.
+WITHOUT_BACKSLASH = frozenset({"utf8", "ascii", "latin1", "cp1252"})
 # Attributes of asyncmy's connection that code may change, and those of the facade.
 CHANGEABLE = frozenset(
     {"_encoders", "_decoders", "_charset", "_encoding", "_use_unicode", "_sql_mode"}
@@ -101,6 +106,9 @@ class Connection:
         # The server takes several statements in one packet, as after connecting; a text may be
         # such now.
         self._takes_several, self._several_wanted = True, False
+        # The server's character set may be another one than that of the literals here: because of
+        # OPTIONS["init_command"], or because the server says that SQL has set something.
+        self.sets_more = self._may_differ = False
         # Something was changed that no reset brings back.
         self.lasting = False
         # Seconds from the last statement that failed to its error.
@@ -268,6 +276,8 @@ class Connection:
         return wrapper
 
     def _note_status(self) -> None:
+        if self.raw.server_status & STATE_CHANGED:
+            self._may_differ = True
         if self.in_transaction:
             self.began = True
         elif self.began:
@@ -432,6 +442,7 @@ class Connection:
 
     def mogrify(self, sql: Any, params: Any) -> bytes:
         """The statement with its parameters in it, encoded."""
+        self._check_charset()
         encoding = self.raw._encoding
         text: bytes = sql if isinstance(sql, bytes) else str(sql).encode(encoding)
         if params is None:
@@ -444,6 +455,27 @@ class Connection:
             return text % tuple(map(self.literal, params))
         except TypeError as exc:
             raise MySQLdb.ProgrammingError(str(exc)) from exc
+
+    def _check_charset(self) -> None:
+        """Refuse to escape values for a character set that the server no longer reads.
+
+        Raises:
+            MySQLdb.OperationalError: it reads another one; the connection is closed.
+        """
+        if self._may_differ and in_bridge():
+            self._may_differ = False
+            self.run(self._compare_charset())
+            self._may_differ = False
+
+    async def _compare_charset(self) -> None:
+        await self.raw.query("SELECT @@character_set_client")
+        ((name,),) = self.raw._result.rows
+        known = charset_by_name(name.replace("utf8mb3", "utf8"))
+        if known is None or known.encoding != self.raw._encoding:
+            raise errors.OperationalError(
+                f"SQL has set the character set {name!r}, but values are escaped for "
+                f"{self.raw.character_set_name()!r}; name it in OPTIONS['charset'] instead"
+            )
 
     def literal(self, value: Any) -> bytes:
         """The value as an SQL literal; text that the character set cannot hold is an error."""
@@ -464,6 +496,9 @@ class Connection:
 
     def _binary_literal(self, value: bytes) -> bytes:
         # asyncmy escapes bytes with backslashes even when the server takes those for themselves.
+        if self.raw._encoding not in WITHOUT_BACKSLASH:
+            # A backslash may be the second byte of a character there.
+            return b"x'" + value.hex().encode() + b"'"
         if not self.escapes_with_backslashes:
             return b"'" + value.replace(b"'", b"''") + b"'"
         text: str = converters.escape_bytes(value)
@@ -480,6 +515,7 @@ class Connection:
     async def _reset(self) -> None:
         await self.raw._execute_command(COM_RESET_CONNECTION, b"")
         await self.raw._read_ok_packet()
+        self._may_differ = self.sets_more
         await self._results(self.init_sql.encode(self.raw._encoding), 0, True)
 
     def abandon(self) -> None:
