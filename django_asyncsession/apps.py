@@ -32,11 +32,14 @@ class AsyncSessionConfig(AppConfig):
         from .bridge import answer_async_guards
         from .guards import explain
         from .native import follow_settings
+        from .observe import statements
 
         answer_async_guards(explain)
         import_engines(_engines())
         follow_settings()
         setting_changed.connect(follow_settings)
+        statements.follow_settings()
+        setting_changed.connect(statements.follow_settings)
         setting_changed.connect(threadlocals.follow_settings)
 
 

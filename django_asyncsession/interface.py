@@ -20,6 +20,7 @@ from . import bridge, threadlocals
 from .backends.base import BridgedMixin, Secret, bridged_class, make_wrapper, masked
 from .conf import settings
 from .exceptions import ConfigurationError, UnknownAlias
+from .observe import leaks
 from .pool import COUNTERS, Lease, Pool, PoolOptions
 from .session import Session
 from .shutdown import hold_back
@@ -167,7 +168,7 @@ class DatabaseInterface:
         hold_back()
         bridge.check_guards_answered()
         of_engine = self._wrapper_class.is_permanent
-        return Pool(
+        pool = Pool(
             self._open_connection,
             _is_usable,
             _close,
@@ -177,6 +178,9 @@ class DatabaseInterface:
             is_permanent=lambda e: isinstance(e, ConfigurationError) or of_engine(e),
             is_quiet=lambda wrapper: wrapper.is_quiet(),
         )
+        if (seconds := settings.LEAK_WARNING_SECONDS) is not None:
+            leaks.watch(pool, seconds)
+        return pool
 
     def _drop_dead_pools(self) -> None:
         for key, (_, pool) in list(self._pools.items()):

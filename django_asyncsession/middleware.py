@@ -22,6 +22,8 @@ from django.utils.module_loading import import_string
 from .bridge import check_guards_answered, in_bridge
 from .conf import settings
 from .exceptions import SyncContextError
+from .observe.statements import request as answered
+from .origins import RequestSite
 from .scope import RefusedSession, RequestScope, new_session
 
 SYNC_VIEW = (
@@ -71,6 +73,18 @@ class AsyncSessionMiddleware:
             refused = RefusedSession(TEST_CLIENT if is_test else WSGI)
             setattr(request, settings.REQUEST_ATTRIBUTE, refused)
             return await self.get_response(request)
+        outer = answered.get()
+        answered.set(RequestSite.of(request.method, request.path))
+        response = None
+        try:
+            response = await self._answer(request)
+        finally:
+            if not getattr(response, "streaming", False):
+                # The body of a stream is sent later, in the task of the request.
+                answered.set(outer)
+        return response
+
+    async def _answer(self, request: HttpRequest) -> HttpResponseBase:
         session = new_session(None, {"autocommit": not settings.ATOMIC_REQUESTS}, request)
         setattr(request, settings.REQUEST_ATTRIBUTE, session)
         async with RequestScope(session) as scope:

@@ -7,8 +7,11 @@ import contextlib
 import os
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import CodeType, FrameType
+from typing import Any
+from weakref import ref
 
 import asgiref
 import django
@@ -64,6 +67,13 @@ def creation_site() -> Site:
     return Site((frame.f_code, frame.f_lasti))
 
 
+def caller_of(frame: FrameType | None) -> Site | None:
+    """The nearest caller, from this frame on, outside this package, asyncio and Django; None when
+    there is none."""
+    found = _outside(frame, _AROUND)
+    return None if found is None else Site((found.f_code, found.f_lasti))
+
+
 def _outside(frame: FrameType | None, places: tuple[str, ...]) -> FrameType | None:
     known = _says_nothing[places]
     while frame is not None:
@@ -75,6 +85,16 @@ def _outside(frame: FrameType | None, places: tuple[str, ...]) -> FrameType | No
             return frame
         frame = frame.f_back
     return None
+
+
+def task_reference() -> Callable[[], asyncio.Task[Any] | None]:
+    """The current task, which this does not keep alive; called, it gives None when there is none
+    any more."""
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:
+        task = None
+    return (lambda: None) if task is None else ref(task)
 
 
 def task_name() -> str:

@@ -29,7 +29,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from .bridge import discard
 from .exceptions import ConfigurationError, PoolClosed, PoolTimeout, TooManyWaiting, WrongLoopError
-from .origins import RequestSite, Site, creation_site, loop_name, task_name
+from .origins import RequestSite, Site, creation_site, loop_name, task_name, task_reference
 
 logger = logging.getLogger("django_asyncsession.pool")
 
@@ -127,7 +127,7 @@ class Lease(Generic[C]):
         self.token = object()
         self.site: Site = creation_site()
         self.made_at: Site | str = self.site
-        self.task = task_name()
+        self.task, self.holder = task_name(), task_reference()
         pool._leases.add(self)
         self.released = False
 

@@ -20,7 +20,7 @@ ROOT = Path(django_asyncsession.__file__).parent
 LAYERS = [
     {"exceptions", "conf", "signals", "origins", "scanner", "shutdown"},
     {"bridge", "results", "columns", "statements", "threadlocals", "unread"},
-    {"tables", "backends", "connections", "pool", "queries", "rows", "guards", "writes"},
+    {"tables", "backends", "connections", "pool", "queries", "rows", "guards", "writes", "observe"},
     {"transactions"},
     {"parallel"},
     {"session"},

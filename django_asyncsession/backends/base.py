@@ -27,6 +27,7 @@ from greenlet import getcurrent, greenlet
 
 from django_asyncsession.bridge import await_
 from django_asyncsession.exceptions import AliasNotInSession, ConfigurationError, SessionClosedError
+from django_asyncsession.observe.statements import Watch, watched
 from django_asyncsession.scanner import Scanner, scanner
 from django_asyncsession.statements import change_in, reading
 
@@ -135,6 +136,8 @@ class SeenCursorMixin(CursorWrapper if TYPE_CHECKING else object):  # type: igno
         db.note_statement(sql)
         outer, db.own_use = db.own_use, True
         try:
+            if Watch.is_on:
+                return watched(db, sql, super()._execute, params, *context)
             return super()._execute(sql, params, *context)
         finally:
             db.own_use = outer
@@ -144,6 +147,8 @@ class SeenCursorMixin(CursorWrapper if TYPE_CHECKING else object):  # type: igno
         db.note_statement(sql)
         outer, db.own_use = db.own_use, True
         try:
+            if Watch.is_on:
+                return watched(db, sql, super()._executemany, param_list, *context)
             return super()._executemany(sql, param_list, *context)
         finally:
             db.own_use = outer
@@ -260,6 +265,8 @@ class BridgedMixin(_Wrapper):
     )
 
     pooled = False
+    # What was sent last, while something watches.
+    last_statement: Any = None
     lease: object = None
     # The greenlet of the call that is served. Weak, because the greenlet holds this wrapper, and
     # the garbage collector cannot look into it while it is suspended.
