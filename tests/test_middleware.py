@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import suppress
 from typing import Any
@@ -17,10 +18,12 @@ import pytest
 from django.core.exceptions import PermissionDenied, SuspiciousOperation
 from django.core.handlers.asgi import ASGIHandler
 from django.core.handlers.base import BaseHandler
+from django.core.handlers.wsgi import WSGIHandler
+from django.core.signals import got_request_exception
 from django.db import DatabaseError, IntegrityError
 from django.http import Http404, HttpRequest, HttpResponse, StreamingHttpResponse
 from django.template.response import TemplateResponse
-from django.test import AsyncClient, Client, override_settings
+from django.test import AsyncClient, Client, RequestFactory, override_settings
 from django.urls import path
 
 from django_asyncsession import Session, SyncContextError, databases
@@ -313,8 +316,24 @@ def test_wsgi_is_told_what_to_do() -> None:
         assert Client().get("/sync-without/").content == b"fine"
         with pytest.raises(SyncContextError):
             Client().get("/sync/")
-        with pytest.raises(SyncContextError, match="serve the project's ASGI application"):
+        with pytest.raises(SyncContextError, match=r"await self\.async_client\.get"):
             Client().get("/add/")
+        assert "serve the project's ASGI application" in said_under_wsgi("/add/")
+
+
+def said_under_wsgi(url: str) -> str:
+    """What a request is told that a server sends, and not Django's test client."""
+    errors: list[BaseException] = []
+
+    def note(sender: Any, request: Any, **kwargs: Any) -> None:
+        errors.append(sys.exception())  # type: ignore[arg-type]
+
+    got_request_exception.connect(note)
+    try:
+        WSGIHandler()(RequestFactory().get(url).environ, lambda status, headers: None)
+    finally:
+        got_request_exception.disconnect(note)
+    return str(errors[0])
 
 
 @pytest.mark.usefixtures("real_database")
