@@ -38,6 +38,11 @@ C = TypeVar("C")
 # Seconds that ending a connection (its statement cancelled, its server process gone) may hold up
 # its place.
 CLOSE_BUDGET = 2.0
+# Seconds that its place is kept beyond that while the server could not even be told to end it: a
+# server that does not answer must not have the statements, and sessions, of twice as many.
+UNTOLD_BUDGET = 60.0
+# Seconds between two tries to tell it.
+TELL_AGAIN = 0.1
 # Seconds between attempts to connect after a failure: doubled each time, between these bounds.
 BACKOFF_MIN, BACKOFF_MAX = 0.1, 2.0
 # Seconds that one attempt to connect may take before another one is made beside it.
@@ -184,7 +189,7 @@ class Pool(Generic[C]):
         connect: coroutine function that opens a connection.
         check: coroutine function that tells whether a connection still works.
         close: closes a connection at once, and returns an awaitable for what then remains to be
-            done, or None.
+            done, or None. One with the attribute `is_untold` keeps its place while that is true.
         is_permanent: whether an error of `connect` would only come again, so that all who wait are
             told at once.
         is_quiet: whether nothing came from the server since the connection is idle, neither its end
@@ -659,11 +664,22 @@ class Pool(Generic[C]):
         task.add_done_callback(partial(self._finished, remains, deadline))
 
     async def _finish(self, remains: Awaitable[None], deadline: float) -> None:
-        try:
-            async with asyncio.timeout_at(deadline):
-                await remains
-        except Exception as exc:
-            logger.warning("a connection of %r did not end in an orderly way: %r", self.name, exc)
+        latest = deadline + UNTOLD_BUDGET
+        while True:
+            try:
+                async with asyncio.timeout_at(deadline):
+                    await remains
+                return
+            except Exception as exc:
+                # A generator or coroutine cannot be awaited again, and says nothing of this.
+                untold = getattr(remains, "is_untold", False)
+                if not untold or self.closed or self._loop.time() >= latest:
+                    logger.warning(
+                        "a connection of %r did not end in an orderly way: %r", self.name, exc
+                    )
+                    return
+            await asyncio.sleep(TELL_AGAIN)
+            deadline = self._loop.time() + CLOSE_BUDGET
 
     def _finished(
         self, remains: Awaitable[None], deadline: float, task: asyncio.Task[None]

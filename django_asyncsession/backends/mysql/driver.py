@@ -15,7 +15,7 @@ import socket
 import struct
 import time
 import weakref
-from collections.abc import Callable, Coroutine, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Coroutine, Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import MySQLdb
@@ -536,43 +536,85 @@ class Connection:
 
     def farewell(self) -> Farewell:
         """What ends on the server what the abandoned connection left running there."""
-        return Farewell(self._reopen, self.thread_id())
+        wrapper = self._owner()
+        alias = "" if wrapper is None else wrapper.alias
+        return Farewell(killer_of(alias), self._reopen, self.thread_id())
 
 
-class Farewell:
-    """KILL QUERY over a connection of its own, until the server has dropped the session; can be
-    awaited again when it was cancelled."""
+class Killer:
+    """Ends the sessions of abandoned connections on the server, over one connection at a time
+    however many they are."""
 
-    def __init__(self, reopen: Callable[[], Any], thread_id: int) -> None:
-        self._reopen, self._thread_id = reopen, thread_id
+    def __init__(self) -> None:
+        self.lock = asyncio.Lock()
+        # By their ids on the server; those that are gone are taken out.
+        self.sessions: set[int] = set()
 
-    def __await__(self) -> Generator[Any, Any, None]:
-        return self._say().__await__()
-
-    async def _say(self) -> None:
-        side = self._reopen()
+    async def end_all(self, side: Any) -> None:
+        """KILL QUERY for each session that runs something, until the server has dropped all."""
         try:
             await side.connect()
             pause = LOOK_MIN
-            while (running := await _is_running(side, self._thread_id)) is not None:
-                if running:
+            while asked := set(self.sessions):
+                running = await _running(side, asked)
+                self.sessions -= asked - running.keys()
+                for number in (number for number, runs in running.items() if runs):
                     # The session may have ended in between.
                     with contextlib.suppress(errors.OperationalError):
-                        await side.query(f"KILL QUERY {self._thread_id}")
-                await asyncio.sleep(pause)
-                pause = min(2 * pause, LOOK_MAX)
+                        await side.query(f"KILL QUERY {number}")
+                if self.sessions:
+                    await asyncio.sleep(pause)
+                    pause = min(2 * pause, LOOK_MAX)
             await side.ensure_closed()
         finally:
             side.close()
 
 
-async def _is_running(side: Any, thread_id: int) -> bool | None:
-    """Whether the session runs a statement; None when it is gone."""
+# By event loop and alias.
+_killers: weakref.WeakKeyDictionary[Any, dict[str, Killer]] = weakref.WeakKeyDictionary()
+
+
+def killer_of(alias: str) -> Killer:
+    """The one of the running loop, for connections of an alias."""
+    loop = asyncio._get_running_loop()
+    if loop is None:
+        return Killer()
+    return _killers.setdefault(loop, {}).setdefault(alias, Killer())
+
+
+class Farewell:
+    """Waits until the server has dropped the session of an abandoned connection; can be awaited
+    again when it was cancelled."""
+
+    def __init__(self, killer: Killer, reopen: Callable[[], Any], thread_id: int) -> None:
+        self._killer, self._reopen, self._thread_id = killer, reopen, thread_id
+        killer.sessions.add(thread_id)
+
+    @property
+    def is_untold(self) -> bool:
+        """Whether the server may still run the session's statement."""
+        return self._thread_id in self._killer.sessions
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        return self._say().__await__()
+
+    async def _say(self) -> None:
+        async with self._killer.lock:
+            # Who was first has ended the others' sessions too.
+            if self.is_untold:
+                await self._killer.end_all(self._reopen())
+
+    def __del__(self) -> None:
+        self._killer.sessions.discard(self._thread_id)
+
+
+async def _running(side: Any, sessions: Collection[int]) -> dict[int, bool]:
+    """Those of the sessions that are there, and whether each runs a statement."""
+    numbers = ", ".join(map(str, sessions))
     await side.query(
-        f"SELECT command <> 'Sleep' FROM information_schema.processlist WHERE id = {thread_id}"
+        f"SELECT id, command <> 'Sleep' FROM information_schema.processlist WHERE id IN ({numbers})"
     )
-    rows = side._result.rows
-    return bool(rows[0][0]) if rows else None
+    return {int(number): bool(runs) for number, runs in side._result.rows}
 
 
 def _shut_down(transport: Any) -> None:

@@ -271,6 +271,11 @@ class Farewell:
         self._cancel, self._socket = cancel, sock
         self._cancel_started = False
 
+    @property
+    def is_untold(self) -> bool:
+        """Whether the server has not answered yet that it was told to end the statement."""
+        return self._cancel is not None
+
     def __await__(self) -> Generator[Any, Any, None]:
         return self._say().__await__()
 
