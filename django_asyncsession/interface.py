@@ -177,6 +177,7 @@ class DatabaseInterface:
             setting=self._pool_setting,
             is_permanent=lambda e: isinstance(e, ConfigurationError) or of_engine(e),
             is_quiet=lambda wrapper: wrapper.is_quiet(),
+            settle=_settle,
         )
         if (seconds := settings.LEAK_WARNING_SECONDS) is not None:
             leaks.watch(pool, seconds)
@@ -379,6 +380,12 @@ _interfaces: weakref.WeakSet[DatabaseInterface] = weakref.WeakSet()
 databases = Databases()
 _of_parent_process: list[Any] = []
 os.register_at_fork(after_in_child=databases.forget_pools)
+
+
+def _settle(wrapper: BridgedMixin) -> Awaitable[bool] | None:
+    """What remains of the reset after the last lease."""
+    read = wrapper.settle()
+    return None if read is None else bridge.run_with(wrapper, read)
 
 
 async def _is_usable(wrapper: BridgedMixin) -> bool:

@@ -194,6 +194,8 @@ class Pool(Generic[C]):
             told at once.
         is_quiet: whether nothing came from the server since the connection is idle, neither its end
             nor anything else. It is asked at each checkout, so it must neither wait nor send.
+        settle: what is left to be awaited of a connection's last use, and tells whether it works
+            still; None when nothing is.
         name: what messages call the pool.
         options: sizes and times.
         setting: where the user has written these, for messages.
@@ -210,9 +212,11 @@ class Pool(Generic[C]):
         setting: str = "the pool options",
         is_permanent: Callable[[BaseException], bool] = lambda error: False,
         is_quiet: Callable[[C], bool] = lambda connection: True,
+        settle: Callable[[C], Awaitable[bool] | None] = lambda connection: None,
     ) -> None:
         self._connect, self._check, self._close = connect, check, close
         self._is_permanent, self._is_quiet = is_permanent, is_quiet
+        self._settle_last_use = settle
         self.name, self.options = name, options
         self._setting = setting
         self._loop = asyncio.get_running_loop()
@@ -279,8 +283,11 @@ class Pool(Generic[C]):
                 self._check_usable()
             self._leased += 1
             lease = Lease(self, entry)
-            if not self.options.check or await self._is_healthy(lease, deadline):
-                return lease
+            last_use = self._settle_last_use(lease.connection)
+            if last_use is None or await self._is_true(last_use, lease, deadline):
+                check = self._check(lease.connection) if self.options.check else None
+                if check is None or await self._is_true(check, lease, deadline):
+                    return lease
             self._counts["connections_lost"] += 1
             lease.release(usable=False, lost=True)
             del lease
@@ -540,10 +547,10 @@ class Pool(Generic[C]):
             text += f" for {lease.made_at}"
         return text, {lease.task for lease in leases}
 
-    async def _is_healthy(self, lease: Lease[C], deadline: float) -> bool:
+    async def _is_true(self, question: Awaitable[bool], lease: Lease[C], deadline: float) -> bool:
         try:
             async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
-                return await self._check(lease.connection)
+                return await question
         except TimeoutError:
             return False
         except BaseException:

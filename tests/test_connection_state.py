@@ -201,8 +201,8 @@ async def test_what_sets_up_again_after_a_reset_sees_nothing_of_the_lease(
     def receive(connection: Any, **kwargs: Any) -> None:
         if connection.alias == db.alias:
             seen.append((getattr(connection, "tenant", None), len(connection.execute_wrappers)))
-            with connection.cursor() as cursor:
-                cursor.execute(SETS[db.vendor])
+            # Not by a cursor of Django's, so that nobody knows what to send again.
+            connection.connection.cursor().execute(SETS[db.vendor])
 
     connection_created.connect(receive)
     try:

@@ -26,7 +26,7 @@ from django.db.transaction import TransactionManagementError
 from django.db.utils import ConnectionHandler
 from django.test import override_settings
 
-from django_asyncsession.backends.sqlite3.base import ASKING_PRAGMA, Mixin, _lines
+from django_asyncsession.backends.sqlite3.base import Mixin, _lines
 from django_asyncsession.exceptions import ConfigurationError, PoolTimeout, QueryTimeout
 from django_asyncsession.interface import DatabaseInterface
 from tests.faults import Elapsed, LoopProbe, cancel_at, longest_stall, outcome_of, watchdog
@@ -902,17 +902,28 @@ async def test_a_function_of_one_session_is_not_the_nexts(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "sql, asks",
+    "sql, stays",
     [
         ("PRAGMA foreign_keys", True),
         ("pragma table_info('t')", True),
         ("PRAGMA main.foreign_key_list(t);", True),
+        ("SELECT name FROM pragma_table_info('t')", True),
         ("PRAGMA foreign_keys = 0", False),
-        ("PRAGMA foreign_keys(0)", False),
+        ("/* a */ PRAGMA foreign_keys(0)", False),
+        ("ATTACH ':memory:' AS other", False),
+        ("CREATE TEMP TABLE tt (x)", False),
+        ("CREATE TABLE IF NOT EXISTS temp.tt (x)", False),
     ],
 )
-def test_pragmas_that_only_ask(sql: str, asks: bool) -> None:
-    assert bool(ASKING_PRAGMA.match(sql)) is asks
+async def test_a_connection_is_kept_after_what_leaves_nothing_on_it(
+    path: Path, sql: str, stays: bool
+) -> None:
+    db = interface(path, max_size=1)
+    for _ in range(2):
+        async with db.get_session(autocommit=True) as session:
+            await session.execute(sql)
+    assert db.stats()["connections_num"] == (1 if stays else 2)
+    await db.close()
 
 
 async def test_plain_sessions_keep_their_connection(path: Path) -> None:

@@ -11,7 +11,7 @@ import logging
 import math
 import re
 import weakref
-from collections.abc import Awaitable, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
 from importlib import import_module
@@ -125,6 +125,21 @@ class Secret(str):
         return "'********'"
 
 
+# Statements that are not sent again with each reset, although a receiver sent them while
+# connecting: they change data or schema, or only ask.
+ONCE = re.compile(
+    r"\s*(?:insert|update|delete|merge|replace|truncate|alter|drop|grant|revoke|comment|analyze|"
+    r"vacuum|show|explain|create(?!\s+(?:local\s+)?temp)|(?:select|with)\b(?=.*\bfrom\b))\b",
+    re.IGNORECASE | re.DOTALL,
+)
+
+
+def sets_something(sql: str) -> bool:
+    """Whether a statement of a receiver of `connection_created` is to be sent again after each
+    reset, as far as its text tells."""
+    return "set_config" in sql.lower() or ONCE.match(sql) is None
+
+
 class SeenCursorMixin(CursorWrapper if TYPE_CHECKING else object):  # type: ignore[misc]
     """A Django cursor that tells the wrapper what it sends, after the execute wrappers, which may
     have changed it. What a driver sends meanwhile is known."""
@@ -134,6 +149,8 @@ class SeenCursorMixin(CursorWrapper if TYPE_CHECKING else object):  # type: igno
     def _execute(self, sql: Any, params: Any, *context: Any) -> Any:
         db = self.db
         db.note_statement(sql)
+        if db._opening and not db.own_use:
+            db.note_set_up(sql, params)
         outer, db.own_use = db.own_use, True
         try:
             if Watch.is_on:
@@ -145,6 +162,7 @@ class SeenCursorMixin(CursorWrapper if TYPE_CHECKING else object):  # type: igno
     def _executemany(self, sql: Any, param_list: Any, *context: Any) -> Any:
         db = self.db
         db.note_statement(sql)
+        db.touched = db.touched or db._opening
         outer, db.own_use = db.own_use, True
         try:
             if Watch.is_on:
@@ -282,11 +300,13 @@ class BridgedMixin(_Wrapper):
     dead = False
     # A cursor made now is for one statement: the server refuses more in a text.
     takes_one = False
-    # What carried over from the last lease must be reset before the next.
+    # Something ran that nobody has seen.
     touched = False
+    # The transaction that ends now is the last thing of its lease: the reset goes along with it.
+    ends_lease = False
     # The first word of the first statement that did more than read, in the transaction in progress.
     changed = ""
-    # An engine's `init_connection_state`, or a receiver of `connection_created`, set something too.
+    # What runs while connecting includes what nobody has seen.
     set_up_touches = False
     # What the driver is sending was shown by a cursor of Django's, or is the backend's own.
     own_use = False
@@ -304,17 +324,22 @@ class BridgedMixin(_Wrapper):
     def open(self) -> None:
         """Connect; called in the bridge by the pool, once."""
         self._opening = True
+        # What was set while connecting is what every lease begins with.
+        self.set_up: list[str] = []
         try:
             self.ensure_connection()
         finally:
             self._opening = False
-        # What was set while connecting is what every lease begins with.
         self.set_up_touches, self.touched = self.touched, False
+        self.connected()
         self.queries_log.clear()
         self._fill_caches()
         for name in self.left_to_reset:
             setattr(self, name, getattr(self, name))
         self._opened = Attributes(self, self.left_to_reset)
+
+    def connected(self) -> None:
+        """Called when connecting is done, with what has been set in `set_up`."""
 
     def _fill_caches(self) -> None:
         """Compute what needs no SQL: a value that a lease puts there instead is its own."""
@@ -322,9 +347,19 @@ class BridgedMixin(_Wrapper):
             getattr(self, name)
         self.ops.compiler("SQLCompiler")
 
+    def note_set_up(self, sql: Any, params: Any) -> None:
+        """Keep a statement that sets something while connecting, to be sent again with each
+        reset."""
+        if sets_something(text := self.compose(sql, params)):
+            self.set_up.append(text)
+
+    def compose(self, sql: Any, params: Any) -> str:
+        """The statement with its parameters in it."""
+        raise NotImplementedError
+
     def set_up_again(self) -> None:
-        """After a reset, what connecting has set by SQL of a project's or a third party's own;
-        called in the bridge."""
+        """After a reset, what connecting has set where nobody has seen all of it; called in the
+        bridge."""
         # Those who installed them while connecting do so again.
         self.execute_wrappers = []
         self.init_connection_state()
@@ -671,8 +706,20 @@ class BridgedMixin(_Wrapper):
         """Let go of the rows that streaming cursors have not read, when the session's transaction
         ends; called in the bridge."""
 
+    def reset_at_once(self) -> bool:
+        """Do what `reset` does, if it can be done without awaiting; tell whether it was."""
+        return False
+
     def reset(self) -> None:
-        """Bring back what a lease may have changed on the connection; called in the bridge."""
+        """Bring back what a lease may have changed on the connection; called in the bridge.
+
+        Whatever ran may have left something, so nobody asks what did.
+        """
+
+    def settle(self) -> Callable[[], bool] | None:
+        """What reads the answer to the reset if it was not awaited, and tells whether it was done;
+        to be called in the bridge, before anything else. None when there is nothing to read."""
+        return None
 
     def scrub(self) -> None:
         """Bring this object back to what it was after opening: attributes that are not its own,

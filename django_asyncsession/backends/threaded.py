@@ -559,6 +559,9 @@ class Mixin(BridgedMixin, _Base):
             self.driver_failed(error)
         self.start_idling()
 
+    def note_set_up(self, sql: Any, params: Any) -> None:
+        """Nothing is set up again: what is touched is closed."""
+
     # Transactions
 
     def start(self, options: TransactionOptions) -> None:

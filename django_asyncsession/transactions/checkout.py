@@ -437,6 +437,8 @@ async def _reset(wrapper: BridgedMixin) -> bool:
     if wrapper.abandoned or wrapper.transaction_state is TransactionState.UNKNOWN:
         return False
     try:
+        if _clean_at_once(wrapper):
+            return True
         async with asyncio.timeout(CLEANUP_BUDGET):
             await bridge.run_with(wrapper, _clean, (wrapper,))
     except Exception as exc:
@@ -445,6 +447,14 @@ async def _reset(wrapper: BridgedMixin) -> bool:
         )
         return False
     return wrapper.transaction_state is TransactionState.IDLE
+
+
+def _clean_at_once(wrapper: BridgedMixin) -> bool:
+    """Do what `_clean` does, if nothing has to be awaited for it; whether it was done."""
+    if wrapper.in_atomic_block or not wrapper.autocommit:
+        return False
+    wrapper.scrub()
+    return wrapper.reset_at_once()
 
 
 def _clean(wrapper: BridgedMixin) -> None:

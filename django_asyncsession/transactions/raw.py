@@ -71,12 +71,7 @@ class RawSQL(Checkout):
     async def driver_connection(self) -> Any:
         """The driver's own connection, for use inside `run`; what it changes is reset
         afterwards."""
-
-        def connection() -> Any:
-            self.wrapper.touched = True
-            return self.wrapper.connection
-
-        return await self.run(connection)
+        return await self.run(lambda: self.wrapper.connection)
 
     def _execute(self, sql: Any, params: Params) -> int:
         with self._cursor(stream=False) as cursor:

@@ -485,6 +485,8 @@ class Transaction(RawSQL):
             atomic.__exit__(None, None, None)
             call_waiting(wrapper)
 
+        # Callbacks still find what the transaction has set.
+        wrapper.ends_lease = not wrapper.run_on_commit
         wrapper.commit_confirmed = False
         # What is sent to a server that has closed the connection does not reach it.
         unreachable = wrapper.has_hung_up()
@@ -504,6 +506,7 @@ class Transaction(RawSQL):
                 "the data may be saved or not, so look before doing it again"
             ) from exc.__cause__ or exc
         finally:
+            wrapper.ends_lease = False
             if wrapper.commit_confirmed:
                 self.outcome = Outcome.COMMITTED
 
@@ -554,7 +557,11 @@ class Transaction(RawSQL):
             wrapper.end_streams()
             atomic.__exit__(Rollback, error, None)
 
-        await self.call_within(CLEANUP_BUDGET, roll_back)
+        wrapper.ends_lease = True
+        try:
+            await self.call_within(CLEANUP_BUDGET, roll_back)
+        finally:
+            wrapper.ends_lease = False
 
     async def _end(self) -> None:
         """Give the connection back, clean or closed, whatever is raised meanwhile."""

@@ -7,7 +7,7 @@ import logging
 import math
 import re
 import ssl
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from functools import cache, cached_property, partial
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from django_asyncsession.scanner import MySQLScanner, Scanner, stripped
 install_driver()
 
 import asyncmy.converters  # noqa: E402
+import MySQLdb  # noqa: E402
 import MySQLdb.converters  # noqa: E402
 from asyncmy import errors  # noqa: E402
 from asyncmy.connection import Connection as Driver  # noqa: E402
@@ -71,16 +72,6 @@ SHORTEST_WAIT = 0.5
 IDLE_TOO_LONG = 4031
 STATEMENT_TIMEOUTS = frozenset({1969, 3024})
 
-# Statements that change data, schema or the transaction, never the session on the server.
-HARMLESS = frozenset(
-    {"select", "insert", "update", "delete", "replace", "with", "values", "table", "explain"}
-    | {"show", "describe", "desc", "begin", "start", "commit", "rollback", "savepoint", "release"}
-    | {"create", "alter", "drop", "truncate", "rename", "analyze", "optimize", "check", "do"}
-)
-# What makes a harmless statement leave a trace: user variables, locks by name, temporary tables.
-TRACES = re.compile(r"(?<![@\w])@[\w`'\"]|:=|\bget_lock\s*\(|\btemporary\b", re.IGNORECASE)
-# Not brought back by a reset of the session.
-LASTING = re.compile(r"\A(set\s+(default\s+)?role\b|change\s)", re.IGNORECASE)
 # Statements before which the server commits.
 IMPLICIT_COMMIT = re.compile(
     r"\A(alter|create(?!\s+temporary)|drop(?!\s+temporary)|rename|truncate|grant|revoke|lock|"
@@ -156,7 +147,8 @@ class Mixin(BridgedMixin, _Base):
         names = ("ENGINE", "NAME", "HOST", "PORT", "USER")
         key = (self.alias, *(self.settings_dict[name] for name in names))
         if key not in _server_data:
-            _server_data[key] = super().mysql_server_data
+            with self.in_own_use():
+                _server_data[key] = super().mysql_server_data
         return _server_data[key]
 
     @staticmethod
@@ -174,8 +166,6 @@ class Mixin(BridgedMixin, _Base):
                 super().init_connection_state()
         else:
             super().init_connection_state()
-        # Each reset does this again.
-        self.touched = False
 
     # Cursors
 
@@ -222,8 +212,6 @@ class Mixin(BridgedMixin, _Base):
         statements that change the schema."""
         self.reads_only = bool(options.read_only)
         self.connection.always = READ_ONLY if options.read_only else ()
-        if options.read_only:
-            self.touched = True
 
     def way_to_write(self, sql: str) -> str:
         first = self.scanner.first_word(sql)
@@ -237,10 +225,8 @@ class Mixin(BridgedMixin, _Base):
         return " ".join(words[:3]) if opens else ""
 
     def _set_in_session(self, settings: list[str]) -> None:
-        """Send these with the next statement, and reset the session afterwards."""
+        """Send these with the next statement."""
         self.connection.prelude = tuple(settings)
-        if settings:
-            self.touched = True
 
     def _timeouts(self, options: TransactionOptions) -> list[str]:
         """The server's settings for the given times; those for locks and idleness take whole
@@ -275,6 +261,9 @@ class Mixin(BridgedMixin, _Base):
 
     def is_quiet(self) -> bool:
         connection = self.connection
+        if connection.resetting:
+            # What comes is the answer to that.
+            return not self.has_hung_up()
         # What the event loop has read of the socket, and what it has not.
         return not connection.raw._stream_broken and is_quiet(connection.fd)
 
@@ -323,10 +312,6 @@ class Mixin(BridgedMixin, _Base):
         self.connection.commits_implicitly = False
         if self.in_atomic_block:
             self._note_end_of_transaction(text)
-        if not self.touched and _leaves_traces(text):
-            self.touched = True
-        if LASTING.match(text):
-            self.connection.lasting = True
 
     def _note_end_of_transaction(self, text: str) -> None:
         if IMPLICIT_COMMIT.match(text):
@@ -346,22 +331,53 @@ class Mixin(BridgedMixin, _Base):
     def end_streams(self) -> None:
         self.connection.end_stream()
 
+    def connected(self) -> None:
+        self.connection.set_up = "".join(f"; {text}" for text in [self._role(), *self.set_up])
+        self.connection.clean = True
+
+    def _role(self) -> str:
+        """What brings back the role, which a reset of the server leaves as it is."""
+        if not self.mysql_is_mariadb:
+            return "SET ROLE DEFAULT"
+        with self.in_own_use(), self.cursor() as cursor:
+            cursor.execute("SELECT CURRENT_ROLE()")
+            role = cursor.fetchone()[0]
+        return "SET ROLE NONE" if role is None else f"SET ROLE {self.ops.quote_name(role)}"
+
+    def compose(self, sql: Any, params: Any) -> str:
+        return str(self.connection.mogrify(sql, params).decode(self.connection.raw._encoding))
+
+    def reset_at_once(self) -> bool:
+        if self.set_up_touches or self.transaction_state is not TransactionState.IDLE:
+            return False
+        if not self.connection.forget_lease():
+            return False
+        if not self.connection.clean:
+            try:
+                self.connection.send_reset()
+            except MySQLdb.Error:
+                return False
+        return True
+
     def reset(self) -> None:
-        connection = self.connection
-        connection.end_stream()
-        connection.prelude, connection.always, connection.begin = (), (), driver.BEGIN
-        connection.left_by_sql = False
-        if not self.touched:
-            return
-        if connection.lasting:
-            self.abandon()
-            return
-        connection.reset()
+        self.connection.end_stream()
+        self.connection.forget_lease()
+        self.connection.reset()
         if self.set_up_touches:
             self.set_up_again()
-        else:
-            self.init_connection_state()
-        self.touched = False
+            self.connection.clean = True
+
+    def settle(self) -> Callable[[], bool] | None:
+        connection = self.connection
+
+        def read() -> bool:
+            try:
+                connection.finish_reset()
+            except MySQLdb.Error:
+                return False
+            return True
+
+        return read if connection.resetting else None
 
     def scrub(self) -> None:
         super().scrub()
@@ -380,16 +396,6 @@ class Mixin(BridgedMixin, _Base):
 @cache
 def _scanner(backslashes: bool, ansi_quotes: bool, version: int, mariadb: bool) -> MySQLScanner:
     return MySQLScanner(backslashes, ansi_quotes, version, mariadb)
-
-
-def _leaves_traces(text: str) -> bool:
-    """Whether the statement may leave something in the session; what is not known to be harmless
-    may."""
-    first = re.match(r"\w+", text)
-    if first is None or first[0].lower() not in HARMLESS:
-        return not re.match(r"set\s+transaction\b", text, re.IGNORECASE)
-    # A second statement behind a semicolon would have to be looked at as well.
-    return ";" in text.rstrip().rstrip(";") or TRACES.search(text) is not None
 
 
 async def _connect(raw: Any, seconds: float, init_sql: str) -> None:

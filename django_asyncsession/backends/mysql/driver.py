@@ -109,8 +109,12 @@ class Connection:
         # The server's character set may be another one than that of the literals here: because of
         # OPTIONS["init_command"], or because the server says that SQL has set something.
         self.sets_more = self._may_differ = False
-        # Something was changed that no reset brings back.
-        self.lasting = False
+        # What brings back, after a reset and `init_sql`, what connecting has set.
+        self.set_up = ""
+        self._encoding: str = raw._encoding
+        # Nothing was sent since the last reset. The answer to a reset was not read yet.
+        self.clean = True
+        self.resetting = False
         # Seconds from the last statement that failed to its error.
         self.last_took = 0.0
         self._opened: tuple[Attributes, Attributes] | None = None
@@ -181,7 +185,9 @@ class Connection:
         self.finish_stream()
         if self.began or self.in_transaction:
             self.began = self.taken_back = False
-            self.run(self.raw.query(sql))
+            wrapper = self._owner()
+            together = wrapper is not None and wrapper.ends_lease
+            self.run(self._end_and_reset(sql) if together else self.raw.query(sql))
 
     @property
     def escapes_with_backslashes(self) -> bool:
@@ -229,7 +235,7 @@ class Connection:
             MySQLdb's errors.
         """
         wrapper = self._check_usable(coroutine)
-        self.dirty, started = True, time.monotonic()
+        self.dirty, self.clean, started = True, False, time.monotonic()
         if self._streaming is not None:
             self._transport.resume_reading()
         try:
@@ -377,6 +383,12 @@ class Connection:
         wrapper = self._owner()
         return wrapper is None or bool(change_in(sql, wrapper.scanner))
 
+    def forget_lease(self) -> bool:
+        """Forget what the lease wanted of later statements; whether no stream is left to end."""
+        self.prelude, self.always, self.begin = (), (), BEGIN
+        self.left_by_sql = False
+        return self._streaming is None
+
     def finish_stream(self) -> None:
         """Read what a streaming cursor has left, which stands in the way of anything else; skip it
         when nobody will read it."""
@@ -463,9 +475,12 @@ class Connection:
             MySQLdb.OperationalError: it reads another one; the connection is closed.
         """
         if self._may_differ and in_bridge():
-            self._may_differ = False
+            is_first, self._may_differ = self.clean, False
             self.run(self._compare_charset())
             self._may_differ = False
+            if is_first:
+                # So it is after each reset.
+                self.sets_more = False
 
     async def _compare_charset(self) -> None:
         await self.raw.query("SELECT @@character_set_client")
@@ -506,17 +521,80 @@ class Connection:
 
     # The end
 
-    def reset(self) -> None:
-        """Bring the session on the server back to what it was after connecting."""
-        self.finish_stream()
-        self.prelude = ()
-        self.run(self._reset())
+    def send_reset(self) -> None:
+        """Send what brings the session on the server back to what it was after connecting, without
+        waiting for the answer.
 
-    async def _reset(self) -> None:
-        await self.raw._execute_command(COM_RESET_CONNECTION, b"")
+        Raises:
+            MySQLdb's errors.
+        """
+        try:
+            self._write_reset()
+        except errors.MySQLError as exc:
+            raise translated(exc) from exc
+        self.resetting = True
+
+    def reset(self) -> None:
+        """Bring the session on the server back to what it was after connecting.
+
+        Raises:
+            MySQLdb's errors.
+        """
+        self.prelude = ()
+        self.send_reset()
+        self.finish_reset()
+
+    def finish_reset(self) -> None:
+        """Read the answer to `send_reset`.
+
+        Raises:
+            MySQLdb's errors.
+        """
+        self.run(self._read_reset())
+
+    def _write_reset(self) -> None:
+        self.raw._result = None
+        commands = [
+            (COM_RESET_CONNECTION, b""),
+            (COM_QUERY, (self.init_sql + self.set_up).encode(self._encoding)),
+        ]
+        if not self._takes_several:
+            commands.insert(1, (COM_SET_OPTION, struct.pack("<H", 0)))
+        for command, text in commands:
+            self.raw._write_bytes(struct.pack("<iB", len(text) + 1, command) + text)
+
+    async def _read_reset(self) -> None:
+        self.raw._next_seq_id = 1
         await self.raw._read_ok_packet()
+        if not self._takes_several:
+            self.raw._next_seq_id = 1
+            await self.raw.read_packet()
+            self._takes_several = True
+        self.raw._next_seq_id = 1
+        await self.raw._read_query_result()
+        while self.raw._result.has_next:
+            await self.raw.next_result()
+        self.raw.server_status &= ~STATE_CHANGED
         self._may_differ = self.sets_more
-        await self._results(self.init_sql.encode(self.raw._encoding), 0, True)
+        self.resetting, self.clean = False, True
+
+    async def _end_and_reset(self, sql: str) -> None:
+        """End the transaction and reset the session, sent together; the server answers each."""
+        await self.raw._execute_command(COM_QUERY, sql)
+        self._write_reset()
+        self.raw._next_seq_id = 1
+        try:
+            await self.raw._read_query_result()
+        except errors.MySQLError as exc:
+            if not is_last_word(exc):
+                await self._read_reset()
+            raise
+        try:
+            await self._read_reset()
+        except (errors.MySQLError, OSError, EOFError) as exc:
+            # The end was answered.
+            logger.warning("a connection could not be reset and is closed: %s", exc)
+            self.abandon()
 
     def abandon(self) -> None:
         """Close the socket now, without awaiting."""

@@ -11,7 +11,7 @@ import select
 import socket
 import time
 import weakref
-from collections.abc import Awaitable, Generator, Mapping
+from collections.abc import Awaitable, Callable, Generator, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -23,6 +23,7 @@ from psycopg._conninfo_utils import get_param
 from psycopg.abc import PQGen
 from psycopg.adapt import AdaptersMap
 from psycopg.conninfo import conninfo_attempts_async, conninfo_to_dict, timeout_from_conninfo
+from psycopg.waiting import WAIT_R
 
 from django_asyncsession.backends.attributes import Attributes
 from django_asyncsession.backends.base import BridgedMixin, TransactionOptions, TransactionState
@@ -30,8 +31,6 @@ from django_asyncsession.backends.sockets import has_hung_up, is_quiet
 from django_asyncsession.bridge import await_, in_bridge
 from django_asyncsession.exceptions import ConfigurationError
 from django_asyncsession.scanner import PostgreSQLScanner, Scanner
-
-from .sessionstate import changes_session
 
 if TYPE_CHECKING:
     _Base = base.DatabaseWrapper
@@ -42,12 +41,17 @@ RV = TypeVar("RV")
 STANDARD_STRINGS, OLD_STRINGS = PostgreSQLScanner(), PostgreSQLScanner(standard_strings=False)
 COPYING = (pq.ExecStatus.COPY_IN, pq.ExecStatus.COPY_OUT, pq.ExecStatus.COPY_BOTH)
 IDLE, ACTIVE = pq.TransactionStatus.IDLE, pq.TransactionStatus.ACTIVE
+DONE = (pq.ExecStatus.COMMAND_OK, pq.ExecStatus.TUPLES_OK)
 
-# What DISCARD ALL does, in statements that may travel together in one round trip.
+# What DISCARD ALL does, in statements that may travel together with the end of a transaction.
 RESET = (
     "CLOSE ALL; SET SESSION AUTHORIZATION DEFAULT; RESET ROLE; RESET ALL; UNLISTEN *; "
-    "SELECT pg_advisory_unlock_all(); DISCARD SEQUENCES; DISCARD TEMP; DEALLOCATE ALL"
+    "SELECT pg_catalog.pg_advisory_unlock_all(); DISCARD SEQUENCES; DISCARD TEMP"
 )
+FORGET_PREPARED = "DEALLOCATE ALL"
+# What PREPARE made; those of the protocol are the driver's own, and may stay.
+FIND_PREPARED = "SELECT name FROM pg_catalog.pg_prepared_statements WHERE from_sql"
+ENDS = (b"COMMIT", b"ROLLBACK")
 STATES = {
     pq.TransactionStatus.IDLE: TransactionState.IDLE,
     pq.TransactionStatus.ACTIVE: TransactionState.UNKNOWN,
@@ -64,7 +68,7 @@ HARMLESS = frozenset(
 NOT_OF_A_LEASE = frozenset(
     {"pgconn", "lock", "wrapper", "begin_sql", "began", "left_by_sql", "_opened", "_farewell"}
     | {"_waits_in", "_ending", "_closed", "_prepared", "_notifies_backlog", "_adapters"}
-    | {"_pipeline"}
+    | {"_pipeline", "set_up", "clean", "resetting"}
 )
 # The transaction was idle, or took, for longer than it may; the second only in a later server.
 ENDED_WHILE_IDLE = frozenset({"25P03", "25P04"})
@@ -86,6 +90,11 @@ class Connection(psycopg.Connection[Any]):
         self.begin_sql: bytes | None = None
         # A transaction was seen on the server; it was ended by SQL that is not ours.
         self.began = self.left_by_sql = False
+        # What brings back, after RESET, what connecting has set.
+        self.set_up = ""
+        # Nothing was sent since the last reset. The answer to a reset was not read yet.
+        self.clean = True
+        self.resetting = False
         self._farewell: Farewell | None = None
         # The loop in which a call waits in the bridge; the connection was abandoned meanwhile, and
         # that call closes it.
@@ -123,6 +132,7 @@ class Connection(psycopg.Connection[Any]):
             wrapper.check_served()
             if not wrapper.own_use and (name := getattr(gen, "__name__", "")) not in HARMLESS:
                 wrapper.note_unseen("COPY" if "copy" in name else "SQL with the driver")
+        self.clean = False
         if not in_bridge():
             return super().wait(gen, interval=interval, timeout=timeout)
         fd, steps = self.pgconn.socket, [self._until_abandoned(gen)]
@@ -177,6 +187,12 @@ class Connection(psycopg.Connection[Any]):
             wrapper.check_served()
         return super().cursor(*args, **kwargs)
 
+    def set_autocommit(self, value: bool) -> None:
+        clean = self.clean
+        super().set_autocommit(value)
+        # It has sent nothing.
+        self.clean = clean
+
     def note_opened(self) -> None:
         """Remember the attributes, and what values are converted with: every lease begins so."""
         template = AdaptersMap(self.adapters)
@@ -208,6 +224,91 @@ class Connection(psycopg.Connection[Any]):
             for result in (yield from generators.execute(self.pgconn)):
                 if result.status == pq.ExecStatus.FATAL_ERROR:
                     raise psycopg.errors.error_from_result(result, encoding=self.pgconn._encoding)
+
+    def _exec_command(self, command: Any, result_format: pq.Format = pq.Format.TEXT) -> Any:
+        wrapper = None if self.wrapper is None else self.wrapper()
+        if wrapper is None or not wrapper.ends_lease or command not in ENDS or self._pipeline:
+            return (yield from super()._exec_command(command, result_format))
+        return (yield from self._end_and_reset(command))
+
+    def _end_and_reset(self, command: bytes) -> PQGen[Any]:
+        """End the transaction and reset the connection in one round trip. The server runs the
+        reset after the end, in a transaction of its own, and not at all if the end fails."""
+        self._check_connection_ok()
+        if command == b"ROLLBACK":
+            # psycopg forgets its prepared statements then.
+            self._prepared._names.clear()
+        self.pgconn.send_query(command + b"; " + self._reset_sql())
+        yield from generators.send(self.pgconn)
+        ended = yield from generators.fetch(self.pgconn)
+        try:
+            yield from self._read_reset()
+        except psycopg.OperationalError:
+            # Lost, but after the server's word on the end.
+            self.pgconn.finish()
+        if ended is not None and ended.status == pq.ExecStatus.FATAL_ERROR:
+            raise psycopg.errors.error_from_result(ended, encoding=self.pgconn._encoding)
+        return ended
+
+    def send_reset(self) -> None:
+        """Send what brings back the state after connecting, without waiting for the answer."""
+        self.pgconn.send_query(self._reset_sql())
+        self.resetting = True
+
+    def reset(self) -> None:
+        """Bring back the state after connecting.
+
+        Raises:
+            OperationalError: it could not be done.
+        """
+        self.send_reset()
+        if not self.wait(self._read_reset()):
+            raise psycopg.OperationalError("the server did not do all of the reset")
+
+    def settle(self) -> PQGen[bool] | None:
+        """What reads the answer to `send_reset`, and tells whether all of it was done; None when
+        it has come already and says so."""
+        reading = self._read_reset()
+        with contextlib.suppress(psycopg.Error):
+            self.pgconn.consume_input()
+            try:
+                next(reading)
+            except StopIteration as stopped:
+                return None if stopped.value else reading
+        return reading
+
+    def _read_reset(self) -> PQGen[bool]:
+        server = self.pgconn
+        yield from generators.send(server)
+        results = []
+        while True:
+            while server.is_busy():
+                while not (yield WAIT_R):
+                    continue
+                server.consume_input()
+            if (result := server.get_result()) is None:
+                break
+            results.append(result)
+        while server.notifies():
+            """They came for the last lease."""
+        self.resetting = False
+        self.clean = bool(results) and all(result.status in DONE for result in results)
+        if self.clean and results[RESET.count(";") + 1].ntuples:
+            # Those of PREPARE can only go together with those of the driver.
+            self._prepared._names.clear()
+            self.send_reset()
+            return (yield from self._read_reset())
+        return self.clean
+
+    def _reset_sql(self) -> bytes:
+        prepared: Any = self._prepared
+        if prepared._names:
+            statements = f"{RESET}; {FIND_PREPARED}{self.set_up}"
+        else:
+            prepared._to_flush.clear()
+            statements = f"{RESET}; {FORGET_PREPARED}{self.set_up}"
+        # What cannot be said in the encoding that the lease has left fails on the server.
+        return statements.encode(self.pgconn._encoding, "backslashreplace")
 
     def finish_call(self, seconds: float) -> None:
         """Cancel the statement that nobody waits for any more, and wait for its end, blocking."""
@@ -241,7 +342,7 @@ class Connection(psycopg.Connection[Any]):
             return
         if not self.closed:
             with contextlib.suppress(OSError, psycopg.Error):
-                runs = self.pgconn.transaction_status == ACTIVE and capabilities.has_cancel_safe()
+                runs = self._is_active and not self.resetting and capabilities.has_cancel_safe()
                 cancel = self.pgconn.cancel_conn() if runs else None
                 self._farewell = Farewell(cancel, socket.socket(fileno=os.dup(self.pgconn.socket)))
         self._ending = self._waits_in is not None and not self._waits_in.is_closed()
@@ -411,6 +512,14 @@ class Mixin(BridgedMixin, _Base):
         connection.wrapper = weakref.ref(self)
         return connection
 
+    def _configure_connection(self, connection: Any) -> bool:
+        with self.in_own_use():
+            return super()._configure_connection(connection)
+
+    def is_usable(self) -> bool:
+        with self.in_own_use():
+            return super().is_usable()
+
     def start(self, options: TransactionOptions) -> None:
         self.reads_only = bool(options.read_only)
         self.connection.began = self.connection.left_by_sql = False
@@ -438,7 +547,6 @@ class Mixin(BridgedMixin, _Base):
         if options.deferrable is not None:
             settings.append(f"SET default_transaction_deferrable = {options.deferrable}")
         if settings:
-            self.touched = True
             self._ask("; ".join(settings))
 
     def way_to_write(self, sql: str) -> str:
@@ -456,6 +564,8 @@ class Mixin(BridgedMixin, _Base):
     def transaction_state(self) -> TransactionState:
         if self.connection is None or self.connection.closed:
             return TransactionState.UNKNOWN
+        if self.connection.resetting:
+            return TransactionState.IDLE
         return STATES.get(self.connection.pgconn.transaction_status, TransactionState.UNKNOWN)
 
     @property
@@ -463,6 +573,9 @@ class Mixin(BridgedMixin, _Base):
         return bool(self.connection.left_by_sql)
 
     def is_quiet(self) -> bool:
+        if self.connection.resetting:
+            # What comes is the answer to that.
+            return not self.has_hung_up()
         return not self.connection.closed and is_quiet(self.connection.pgconn.socket)
 
     def has_hung_up(self) -> bool:
@@ -536,8 +649,6 @@ class Mixin(BridgedMixin, _Base):
             raise ValueError(f"SQL has a NUL at character {sql.index(chr(0))}; leave it out")
         if self.reads_only:
             self.check_reads_only(sql)
-        if not self.touched and changes_session(sql):
-            self.touched = True
 
     def snapshot_state(self) -> tuple[str, bool]:
         # A transaction gets an id with the first row that it writes or locks.
@@ -558,38 +669,61 @@ class Mixin(BridgedMixin, _Base):
             cursor = self.connection.execute(sql)
             return cursor.fetchone() if cursor.description else None
 
-    def chunked_cursor(self) -> Any:
-        if self.pooled and self.autocommit:
-            # Without a transaction the cursor on the server outlives a loop that was left early.
-            self.touched = True
-        return super().chunked_cursor()
+    # The end of a lease
+
+    def connected(self) -> None:
+        # As Django's `_configure_connection` does.
+        own = []
+        if self.timezone_name:
+            own.append(self.compose("SET TimeZone = %s", [self.timezone_name]))
+        if role := self.settings_dict["OPTIONS"].get("assume_role"):
+            own.append(self.compose("SET ROLE %s", [role]))
+        self.connection.set_up = "".join(f"; {text}" for text in own + self.set_up)
+        self.connection.clean = True
+
+    def compose(self, sql: Any, params: Any) -> str:
+        if params is None and isinstance(sql, str):
+            return sql
+        return psycopg.ClientCursor(self.connection).mogrify(sql, params)
+
+    def reset_at_once(self) -> bool:
+        if self.set_up_touches or self.transaction_state is not TransactionState.IDLE:
+            return False
+        self._forget_lease()
+        if not self.connection.clean:
+            try:
+                self.connection.send_reset()
+            except psycopg.Error:
+                return False
+        return True
 
     def reset(self) -> None:
-        connection = self.connection
-        connection.begin_sql = None
-        if connection._pipeline is not None:
-            # What is in it, nobody knows any more.
-            self.abandon()
-            return
-        if not self.touched:
-            return
+        self._forget_lease()
         with self.in_own_use():
-            connection.execute(RESET)
-        if (backlog := connection._notifies_backlog) is not None:
-            backlog.clear()
+            self.connection.reset()
         if self.set_up_touches:
             self.set_up_again()
-        else:
-            self._configure_connection(connection)
-        self.touched = False
+            self.connection.clean = True
 
-    def is_usable(self) -> bool:
-        with self.in_own_use():
-            return super().is_usable()
+    def _forget_lease(self) -> None:
+        connection = self.connection
+        connection.begin_sql = None
+        if (backlog := connection._notifies_backlog) is not None:
+            backlog.clear()
 
-    def _configure_connection(self, connection: Any) -> bool:
-        with self.in_own_use():
-            return super()._configure_connection(connection)
+    def settle(self) -> Callable[[], bool] | None:
+        connection = self.connection
+        if not connection.resetting or (reading := connection.settle()) is None:
+            return None
+
+        def read() -> bool:
+            try:
+                with self.in_own_use():
+                    return bool(connection.wait(reading))
+            except psycopg.Error:
+                return False
+
+        return read
 
     def finish_call(self, seconds: float) -> None:
         if self.connection is not None:

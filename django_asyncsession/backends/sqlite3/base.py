@@ -63,19 +63,46 @@ KEEPS_READS = frozenset({"repeatable read", "serializable"})
 
 # Statements that change more than the database: other files, or what the connection has open.
 CHANGES_MORE = frozenset({"attach", "detach", "vacuum"})
-# Statements that leave nothing on the connection, unless they are about something temporary.
-HARMLESS = frozenset(
-    {"select", "insert", "update", "delete", "replace", "with", "values", "explain", "create"}
-    | {"alter", "drop", "begin", "commit", "end", "rollback", "savepoint", "release", "analyze"}
-    | {"reindex", "vacuum"}
-)
-TEMPORARY = re.compile(r"\b(temp|temporary)\b", re.IGNORECASE)
+# What a statement does that leaves something on the connection, as SQLite itself has it.
+LEAVES = frozenset({sqlite3.SQLITE_ATTACH, sqlite3.SQLITE_DETACH})
 # Asks without changing anything.
 ASKING_PRAGMA = re.compile(
     r"\A\s*+pragma\s++(\w++\s*+;?+\s*+\Z|(\w++\.)?(table_x?info|table_list|index_x?info|index_list|"
     r"foreign_key_(list|check)|integrity_check|quick_check)\b)",
     re.IGNORECASE,
 )
+# Pragmas that only ask although they have an argument.
+ASKING = frozenset(
+    {"table_info", "table_xinfo", "table_list", "index_info", "index_xinfo", "index_list"}
+    | {"foreign_key_list", "foreign_key_check", "integrity_check", "quick_check"}
+)
+# A statement of ours; with the same text as a project's it would not be compiled a second time.
+OWN = "/* session */ "
+
+
+class Authorizer:
+    """What SQLite asks when it compiles a statement, a trigger's or a view's parts included, and
+    whatever sent it. It allows everything, and notes what stays on the connection."""
+
+    def __init__(self) -> None:
+        self.left_something = False
+        self.is_ours = False
+
+    def __call__(
+        self, action: int, name: str | None, value: str | None, database: str | None, _: str | None
+    ) -> int:
+        """Note the action; see SQLite's `sqlite3_set_authorizer`."""
+        if action == sqlite3.SQLITE_READ:
+            return sqlite3.SQLITE_OK
+        if action == sqlite3.SQLITE_PRAGMA:
+            leaves = value is not None and (name or "").lower() not in ASKING
+        elif action == sqlite3.SQLITE_FUNCTION:
+            leaves = value == "load_extension"
+        else:
+            leaves = action in LEAVES or database == "temp"
+        if leaves and not self.is_ours:
+            self.left_something = True
+        return sqlite3.SQLITE_OK
 
 
 class Connection(threaded.Connection):
@@ -102,6 +129,20 @@ class Connection(threaded.Connection):
         self._line = _lines[""]
         # Seconds to wait for a lock, of the connection and of its present user.
         self._default_lock_timeout = self._lock_timeout = 0.0
+        self._authorizer = Authorizer()
+
+    def _watch(self) -> None:
+        """Let SQLite tell from now on; statements that it has compiled are compiled again. Called
+        in the thread."""
+        self._raw.set_authorizer(self._authorizer)
+
+    def _own(self, sql: str) -> None:
+        """Run a statement of ours; called in the thread."""
+        self._authorizer.is_ours = True
+        try:
+            self._raw.execute(OWN + sql)
+        finally:
+            self._authorizer.is_ours = False
 
     def commit(self) -> None:
         if self._nothing_begun():
@@ -118,7 +159,7 @@ class Connection(threaded.Connection):
     def _end(self, end: Callable[[], None]) -> None:
         self._wait_for_lock(end)
         if self._reading:
-            self._raw.execute("PRAGMA query_only = OFF")
+            self._own("PRAGMA query_only = OFF")
             self._reading = False
 
     def _other(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -163,14 +204,14 @@ class Connection(threaded.Connection):
             else:
                 self._begin_one(statement)
             if statement == BEGIN:
-                self._raw.execute("PRAGMA query_only = ON")
+                self._own("PRAGMA query_only = ON")
                 self._reading = True
         self._prelude = ()
         self._began = self._raw.in_transaction
 
     def _begin_one(self, statement: str, longest_pause: float = TRY_MAX) -> None:
         try:
-            self._wait_for_lock(partial(self._raw.execute, statement), longest_pause)
+            self._wait_for_lock(partial(self._own, statement), longest_pause)
         except sqlite3.OperationalError as exc:
             if _code(exc) != sqlite3.SQLITE_READONLY:
                 raise
@@ -192,7 +233,7 @@ class Connection(threaded.Connection):
             raise sqlite3.OperationalError("a read-only session takes no scripts; run statements")
         result = self._wait_for_lock(partial(execute, *args))
         if not self._raw.execute("PRAGMA query_only").fetchone()[0]:
-            self._raw.execute("PRAGMA query_only = ON")
+            self._own("PRAGMA query_only = ON")
             raise sqlite3.OperationalError("query_only cannot be turned off in a read-only session")
         return result
 
@@ -200,7 +241,7 @@ class Connection(threaded.Connection):
         """End the transaction, which has read only, and begin with the write lock, or if that
         cannot be had read on."""
         self._raw.commit()
-        self._raw.execute("PRAGMA query_only = OFF")
+        self._own("PRAGMA query_only = OFF")
         try:
             with self._in_line():
                 if self._open_cursors and not self._lock_beside_cursors():
@@ -210,7 +251,7 @@ class Connection(threaded.Connection):
             self._reading = False
         finally:
             if self._reading:
-                self._raw.execute("PRAGMA query_only = ON")
+                self._own("PRAGMA query_only = ON")
                 self._raw.execute(BEGIN)
             self._set_savepoints_again()
 
@@ -282,14 +323,14 @@ class Connection(threaded.Connection):
 
     def _with_own_wait(self, execute: Callable[..., Any], *args: Any) -> Any:
         """Let SQLite wait: half done, and not in a transaction, the call cannot be repeated."""
-        self._raw.execute(f"PRAGMA busy_timeout = {round(self._lock_timeout * 1000)}")
+        self._own(f"PRAGMA busy_timeout = {round(self._lock_timeout * 1000)}")
         try:
             return execute(*args)
         except sqlite3.OperationalError as exc:
             exc.waited = True  # type: ignore[attr-defined]
             raise
         finally:
-            self._raw.execute("PRAGMA busy_timeout = 0")
+            self._own("PRAGMA busy_timeout = 0")
 
 
 def _code(error: sqlite3.Error) -> int:
@@ -365,6 +406,9 @@ class Mixin(threaded.Mixin, _Base):
         connection = super().get_new_connection(conn_params)
         connection._line = _lines[str(conn_params["database"])]
         return connection
+
+    def connected(self) -> None:
+        self.connection._call(self.connection._watch)
 
     def init_connection_state(self) -> None:
         super().init_connection_state()
@@ -505,24 +549,20 @@ class Mixin(threaded.Mixin, _Base):
     # The end of a lease
 
     def is_harmless(self, sql: Any) -> bool:
-        if not isinstance(sql, str):
-            return False
-        text = stripped(sql, self.scanner)
-        word = _first_word(text)
-        if word == "pragma":
-            return ASKING_PRAGMA.match(text) is not None
-        return word in HARMLESS and TEMPORARY.search(sql) is None
+        # SQLite tells when it is not.
+        return True
 
     def reset(self) -> None:
+        connection = self.connection
+        self.touched = self.touched or connection._authorizer.left_something
         super().reset()
         if self.abandoned:
             return
-        connection = self.connection
         connection._prelude = ()
         connection._must_lock = False
         connection._lock_timeout = connection._default_lock_timeout
         if self.reads_only or connection._reading:
-            connection._call(connection._raw.execute, "PRAGMA query_only = OFF")
+            connection._call(connection._own, "PRAGMA query_only = OFF")
             self.reads_only = connection._read_only = connection._reading = False
 
 
