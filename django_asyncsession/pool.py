@@ -132,7 +132,9 @@ class Lease(Generic[C]):
         self.token = object()
         self.site: Site = creation_site()
         self.made_at: Site | str = self.site
-        self.task, self.holder = task_name(), task_reference()
+        self.task = task_name()
+        # Called, it gives the task, which this does not keep alive.
+        self.holder = task_reference() if pool.notes_holders else None
         pool._leases.add(self)
         self.released = False
 
@@ -219,6 +221,8 @@ class Pool(Generic[C]):
         self._settle_last_use = settle
         self.name, self.options = name, options
         self._setting = setting
+        # Leases know their task; for who asks where that waits.
+        self.notes_holders = False
         self._loop = asyncio.get_running_loop()
         self._idle: deque[_Entry[C]] = deque()
         self._waiters: OrderedDict[asyncio.Future[_Entry[C]], None] = OrderedDict()

@@ -23,6 +23,7 @@ def watch(pool: Pool[Any], seconds: float) -> None:
     Args:
         seconds: that a connection may be held.
     """
+    pool.notes_holders = True
     known: weakref.WeakSet[Lease[Any]] = weakref.WeakSet()
     _look(weakref.ref(pool), seconds, known)
 
@@ -46,7 +47,7 @@ def _look(
 def _log(alias: str, lease: Lease[Any], seconds: float) -> None:
     sql = getattr(lease.connection, "last_statement", None)
     text = "none" if sql is None else shown(lease.connection, sql)
-    task = lease.holder()
+    task = None if lease.holder is None else lease.holder()
     stack = [] if task is None else list(suspended_at(task))
     logger.warning(
         "a session of %r made at %s holds its connection for %.1f s, in task %r, which %s; last "
