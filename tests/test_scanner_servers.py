@@ -146,7 +146,8 @@ def mysql(sql_mode: str) -> Iterator[Judge]:
         try:
             while connection._result.has_next:
                 connection.next_result()
-                several = True
+                # Without rows it was a comment: each statement here gives some.
+                several = several or connection._result.description is not None
         except pymysql.MySQLError as exc:
             # What was left was a comment, or else a statement with an error.
             several = several or exc.args[0] != EMPTY_QUERY
