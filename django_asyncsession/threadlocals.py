@@ -28,6 +28,7 @@ KNOWN: Final = {
     "cacheops.invalidation": ["_no_invalidation"],
     "cacheops.query": ["_old_objs"],
     "cacheops.transaction": ["transaction_states"],
+    "cachalot.cache": ["cachalot_caches"],
     "crum": ["_thread_locals"],
     "django_currentuser.middleware": ["_thread_locals"],
     "django_middleware_global_request.middleware": ["GlobalRequestStorage"],
