@@ -116,8 +116,30 @@ def _read_only() -> None:
     django_read_only.blocker = seen
 
 
+def _tenants() -> None:
+    _in_settings(_with_tenants)
+
+
+def _with_tenants(settings: Any) -> None:
+    settings.DATABASES = {
+        "default": {
+            **settings.DATABASES["default"],
+            "ENGINE": "django_tenants.postgresql_backend",
+        }
+    }
+    settings.DATABASE_ROUTERS = ["django_tenants.routers.TenantSyncRouter"]
+    needed = ["django.contrib.contenttypes", "django_tenants", "tests.ecosystem.tenants"]
+    settings.INSTALLED_APPS = list(dict.fromkeys([*settings.INSTALLED_APPS, *needed]))
+    settings.SHARED_APPS = settings.INSTALLED_APPS
+    settings.TENANT_APPS = ["testproject.shop"]
+    settings.TENANT_MODEL = "tenants.Tenant"
+    settings.TENANT_DOMAIN_MODEL = "tenants.Domain"
+    settings.EXTRA_SET_TENANT_METHOD_PATH = "tests.ecosystem.tools.saw"
+
+
 TOOLS: dict[str, Callable[[], None]] = {
     "opentelemetry": _opentelemetry,
     "sentry": _sentry,
     "read-only": _read_only,
+    "tenants": _tenants,
 }

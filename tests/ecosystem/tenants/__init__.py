@@ -1,0 +1,1 @@
+"""A site of two tenants with django-tenants: the shop's authors, in a schema for each."""
