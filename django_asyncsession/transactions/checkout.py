@@ -369,9 +369,9 @@ class Checkout:
     @property
     def is_lost(self) -> bool:
         """Whether the connection was closed, by a cancellation or by the server."""
-        return self._lease is None or (
-            self._lease.connection.abandoned
-            or self._lease.connection.transaction_state is TransactionState.UNKNOWN
+        wrapper = self._wrapper
+        return wrapper is None or (
+            wrapper.abandoned or wrapper.transaction_state is TransactionState.UNKNOWN
         )
 
     @property
@@ -393,9 +393,13 @@ class Checkout:
         return self._lease.connection
 
     @property
+    def _wrapper(self) -> BridgedMixin | None:
+        return None if self._lease is None else self._lease.connection
+
+    @property
     def changed(self) -> str:
         """The first word of the first statement that did more than read; empty: there was none."""
-        return "" if self._lease is None else self._lease.connection.changed
+        return "" if (wrapper := self._wrapper) is None else wrapper.changed
 
     async def give_back(self) -> None:
         """Return the connection to its pool, reset; or close it when its state is not certain."""
