@@ -33,25 +33,27 @@ class _HeldBack:
 
 
 def hold_back() -> None:
-    """Hold the signal back from now on, if a server in this thread handles it; called when a pool
-    is made. Handlers of the event loop raise it again for nobody, and are left alone."""
+    """Hold the signal back from now on, if uvicorn handles it; called when a pool is made. No other
+    server raises it again, and what a project has of its own is left alone."""
     if threading.current_thread() is not threading.main_thread():
         return
-    handler = signal.getsignal(SIGNAL)
-    if not callable(handler) or isinstance(handler, _HeldBack):
-        return
-    if getattr(handler, "__module__", "").startswith("asyncio"):
-        return
+    handler: Any = signal.getsignal(SIGNAL)
+    server = type(getattr(handler, "__self__", None))
+    is_uvicorn = any(cls.__module__.startswith("uvicorn.") for cls in server.__mro__)
     # Not on Windows, where nothing can be held back.
-    if hasattr(signal, "pthread_sigmask"):
+    if is_uvicorn and hasattr(signal, "pthread_sigmask"):
         signal.signal(SIGNAL, _HeldBack(handler))
 
 
 def let_go() -> None:
-    """Let a signal that was held back come through."""
-    if hasattr(signal, "pthread_sigmask"):
-        with suppress(ValueError):
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, [SIGNAL])
+    """Let a signal that was held back come through, now that the process ends: by the signal, or
+    by itself where the program has a handler of its own, which has nothing to end any more."""
+    if not hasattr(signal, "pthread_sigmask") or SIGNAL not in signal.sigpending():
+        return
+    with suppress(ValueError):
+        if callable(signal.getsignal(SIGNAL)):
+            signal.signal(SIGNAL, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [SIGNAL])
 
 
 # When the event loop has ended, or if it never does.
