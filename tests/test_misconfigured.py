@@ -4,6 +4,7 @@ first session or request, in words that say what to do; each is a process of its
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -114,6 +115,8 @@ def project(
             text=True,
             timeout=60,
             cwd=Path(__file__).parent.parent,
+            # What development mode has to say of slow steps is no answer.
+            env={name: value for name, value in os.environ.items() if name != "PYTHONDEVMODE"},
         )
     return process.stderr
 

@@ -384,13 +384,14 @@ async def test_a_swallowed_cancellation_is_told_at_commit(
     real_database: DatabaseInterface, where: str
 ) -> None:
     told: list[str] = []
-    session = real_database.get_session()
+    session, waits = real_database.get_session(), asyncio.Event()
 
     async def swallow() -> None:
         async with session:
             session.on_rollback(lambda: told.append("rolled back"))
             await session.execute(INSERT, ["a"])
             with contextlib.suppress(asyncio.CancelledError):
+                waits.set()
                 await (
                     asyncio.sleep(5)
                     if where == "elsewhere"
@@ -398,7 +399,7 @@ async def test_a_swallowed_cancellation_is_told_at_commit(
                 )
 
     task = asyncio.create_task(swallow())
-    await asyncio.sleep(0.1)
+    await waits.wait()
     task.cancel()
     with pytest.raises(TransactionManagementError, match="cancellation inside it was swallowed"):
         await task
