@@ -15,6 +15,7 @@ from django.http import HttpRequest
 from .bridge import check_guards_answered
 from .conf import settings
 from .exceptions import SyncContextError
+from .origins import Site
 from .scope import RequestScope, new_session, own_thread
 from .session import Session
 from .sessionset import apart
@@ -64,7 +65,7 @@ def inject_session(
         async def call(*args: Any, **kwargs: Any) -> Any:
             if not options and (session := _session_of_request(args, alias)) is not None:
                 return await function(*args, **{**kwargs, name: session})
-            own = new_session(alias, options, _request_of(args))
+            own = new_session(alias, options, _request_of(args), Site.of(function))
             async with RequestScope(own) as scope:
                 return scope.keep_for(await function(*args, **{**kwargs, name: own}))
 
@@ -114,7 +115,7 @@ def background_session(
         is_wanted = _has_parameter(function, name)
 
         async def call(*args: Any, **kwargs: Any) -> Any:
-            own = new_session(alias, options)
+            own = new_session(alias, options, site=Site.of(function))
             if is_wanted:
                 kwargs[name] = own
             with _kept(), apart(), own_thread():

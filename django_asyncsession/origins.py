@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
@@ -33,6 +34,13 @@ class Site(tuple[CodeType, int]):
     """A place in the code: `file:line in function` when it is shown, which most never are."""
 
     __slots__ = ()
+
+    @classmethod
+    def of(cls, function: Callable[..., Any]) -> Site | None:
+        """The first line of a function, of the one inside when it is decorated; None when it is
+        not written in Python."""
+        code = getattr(inspect.unwrap(function), "__code__", None)
+        return None if code is None else cls((code, -1))
 
     def __str__(self) -> str:
         code, instruction = self
@@ -67,16 +75,24 @@ def creation_site() -> Site:
     return Site((frame.f_code, frame.f_lasti))
 
 
-def caller_of(frame: FrameType | None) -> Site | None:
+def caller_of(frame: FrameType | None, ends: Collection[CodeType] = ()) -> Site | CodeType | None:
     """The nearest caller, from this frame on, outside this package, asyncio and Django; None when
-    there is none."""
-    found = _outside(frame, _AROUND)
-    return None if found is None else Site((found.f_code, found.f_lasti))
+    there is none.
+
+    Args:
+        ends: functions that are given instead when they are nearer.
+    """
+    found = _outside(frame, _AROUND, ends)
+    if found is None:
+        return None
+    return found.f_code if found.f_code in ends else Site((found.f_code, found.f_lasti))
 
 
-def _outside(frame: FrameType | None, places: tuple[str, ...]) -> FrameType | None:
+def _outside(
+    frame: FrameType | None, places: tuple[str, ...], ends: Collection[CodeType] = ()
+) -> FrameType | None:
     known = _says_nothing[places]
-    while frame is not None:
+    while frame is not None and frame.f_code not in ends:
         file = frame.f_code.co_filename
         nothing = known.get(file)
         if nothing is None:
@@ -84,7 +100,12 @@ def _outside(frame: FrameType | None, places: tuple[str, ...]) -> FrameType | No
         if not nothing:
             return frame
         frame = frame.f_back
-    return None
+    return frame
+
+
+def is_ours(code: CodeType) -> bool:
+    """Whether it is code of this package, or runs the body of an `async with`."""
+    return code.co_filename.startswith(_OURS)
 
 
 def task_reference() -> Callable[[], asyncio.Task[Any] | None]:

@@ -17,7 +17,8 @@ from django.http import HttpRequest
 from .conf import settings
 from .exceptions import SyncContextError
 from .interface import databases
-from .origins import RequestSite
+from .observe.statements import ends
+from .origins import RequestSite, Site
 from .session import Session
 from .sessionset import SessionSet
 from .transactions.transaction import end_later
@@ -27,18 +28,23 @@ logger = logging.getLogger("django_asyncsession")
 
 
 def new_session(
-    alias: str | None, options: Mapping[str, Any], request: HttpRequest | None = None
+    alias: str | None,
+    options: Mapping[str, Any],
+    request: HttpRequest | None = None,
+    site: Site | str | None = None,
 ) -> Session:
     """A session that begins with its first statement; the alias None is that of the middleware.
 
     Args:
         request: the one that it ends with.
+        site: what it is made for, where that is no request and the caller's line says nothing.
 
     Raises:
         UnknownAlias: DATABASES has no such alias.
         ConfigurationError: an option that cannot be.
     """
-    site = None if request is None else RequestSite.of(request.method, request.path)
+    if request is not None:
+        site = RequestSite.of(request.method, request.path)
     database = databases[alias or settings.ALIAS]
     session = database.get_session(begin_on_use=True, site=site, **options)
     session.request = request
@@ -140,6 +146,10 @@ class RequestScope:
             response.streaming_content = StreamedBody(parts, self)
             self._handed_over = True
         return response
+
+
+# Whoever called it, a server for example, has sent no statement.
+ends[RequestScope.finish.__code__] = "the end of the session"
 
 
 class StreamedBody:

@@ -8,7 +8,8 @@ import asyncio
 import gc
 import logging
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 
 import pytest
 from django.db import DatabaseError
@@ -16,7 +17,15 @@ from django.http import HttpRequest, HttpResponse, StreamingHttpResponse
 from django.test import AsyncClient, override_settings
 from django.urls import path
 
-from django_asyncsession import DatabaseInterface, databases
+from django_asyncsession import (
+    DatabaseInterface,
+    Session,
+    background_session,
+    databases,
+    inject_session,
+)
+from django_asyncsession.bridge import await_
+from django_asyncsession.sessionset import SessionSet
 from tests.models import User
 from tests.sessions import slow
 
@@ -113,6 +122,49 @@ async def test_a_long_statement_is_cut(
     assert 1900 < len(said.partition("SELECT")[2]) < 2048
 
 
+async def test_reading_rows_counts_as_the_statement(
+    real_database: DatabaseInterface, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each chunk takes less than the limit, all of them more: a stream is one statement."""
+    rows = {
+        "postgresql": "SELECT pg_sleep(0.15) FROM generate_series(1, 4)",
+        "mysql": "SELECT sleep(0.15) FROM (SELECT 1 UNION SELECT 2 UNION SELECT 3) t",
+        "sqlite": slow(real_database),
+    }
+    with slow_from(0.3 if real_database.vendor != "sqlite" else 0.1, real_database):
+        async with real_database.get_session() as session:
+            async for _ in session.stream(rows[real_database.vendor], chunk_size=1):
+                pass
+    (said,) = messages(caplog, SLOW)
+    assert f"{__file__}:" in said and " in test_reading_rows" in said
+
+
+@pytest.mark.parametrize("saves", [True, False])
+async def test_the_end_of_a_transaction_is_a_statement(
+    saves: bool, real_database: DatabaseInterface, caplog: pytest.LogCaptureFixture
+) -> None:
+    with slow_from(0.0, real_database):
+        async with real_database.get_session() as session:
+            await session.fetch_value("SELECT 1")
+            await (session.commit() if saves else session.rollback())
+    while_connecting = ", sent at the opening of a connection: "
+    _, said = (text for text in messages(caplog, SLOW) if while_connecting not in text)
+    assert " in test_the_end_of_a_transaction" in said
+    assert said.endswith(": COMMIT" if saves else ": ROLLBACK")
+
+
+async def test_what_ends_with_the_request_names_no_line_of_the_server(
+    real_database: DatabaseInterface, caplog: pytest.LogCaptureFixture
+) -> None:
+    with (
+        slow_from(0.0, real_database),
+        override_settings(ROOT_URLCONF=__name__, MIDDLEWARE=[OURS]),
+    ):
+        await AsyncClient().get("/read/")
+    said = messages(caplog, SLOW)[-1]
+    assert said.endswith(", sent at the end of the session for request GET '/read/': COMMIT")
+
+
 async def test_by_default_nothing_is_logged(
     database: DatabaseInterface, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -137,7 +189,11 @@ async def stream(request: HttpRequest) -> StreamingHttpResponse:
     return StreamingHttpResponse(body())
 
 
-urlpatterns = [path("own/", of_its_own), path("stream/", stream)]
+async def read(request: HttpRequest) -> HttpResponse:
+    return HttpResponse(str(await request.db_session.fetch_value("SELECT 1")))  # type: ignore[attr-defined]
+
+
+urlpatterns = [path("read/", read), path("own/", of_its_own), path("stream/", stream)]
 
 
 @pytest.mark.parametrize("url", ["/own/", "/stream/"])
@@ -210,6 +266,112 @@ async def test_a_session_that_keeps_its_connection_is_logged_once(
     assert "in task 'holder', which waits at " in said
     assert re.search(r" in holds > .* in waits_for_something_else > .* in wait; last", said)
     assert said.endswith("last statement: SELECT ?")
+
+
+async def waits_in_a_context(session: Session, released: asyncio.Event) -> None:
+    @asynccontextmanager
+    async def lock() -> AsyncIterator[None]:
+        await session.fetch_value("SELECT 1")
+        await released.wait()
+        yield
+
+    async with lock():
+        pass
+
+
+async def waits_in_a_generator(session: Session, released: asyncio.Event) -> None:
+    async def parts() -> AsyncIterator[int]:
+        yield int(await session.fetch_value("SELECT 1"))
+        await released.wait()
+
+    async for _ in parts():
+        pass
+
+
+async def waits_in_sync_code(session: Session, released: asyncio.Event) -> None:
+    def deeper() -> None:
+        await_(released.wait())
+
+    def sync() -> None:
+        User.objects.using(session.alias).count()
+        deeper()
+
+    await session.run_sync(sync)
+
+
+async def waits_in_native_mode(session: Session, released: asyncio.Event) -> None:
+    def sync() -> None:
+        User.objects.using(session.alias).count()
+        await_(released.wait())
+
+    await SessionSet(session, keep_others=True).run(sync)
+
+
+@pytest.mark.parametrize(
+    ("waits", "inner"),
+    [
+        (waits_in_a_context, "lock"),
+        (waits_in_a_generator, "parts"),
+        (waits_in_sync_code, "sync > .* in deeper"),
+        (waits_in_native_mode, "sync"),
+    ],
+)
+async def test_the_line_that_waits_is_named_wherever_it_is(
+    waits: Callable[[Session, asyncio.Event], Awaitable[None]],
+    inner: str,
+    real_database: DatabaseInterface,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Behind `async with`, `async for` and sync code, where a task's own stack ends."""
+    released = asyncio.Event()
+    await real_database.close()
+
+    async def holds() -> None:
+        async with real_database.get_session() as session:
+            await waits(session, released)
+
+    with override_settings(ASYNC_SESSION={"LEAK_WARNING_SECONDS": 1.0}):
+        task = asyncio.create_task(holds())
+        (said,) = await leak_of(real_database, caplog)
+        released.set()
+        await task
+        await real_database.close()
+    assert re.search(
+        rf" in holds > .* in {waits.__name__} > .* in {inner} > .* in wait; last", said
+    )
+    assert "django_asyncsession" not in said.partition("waits at")[2]
+    assert "last statement: SELECT" in said
+
+
+@background_session
+async def in_the_background(session: Session, released: asyncio.Event) -> None:
+    await session.fetch_value("SELECT 1")
+    await released.wait()
+
+
+@inject_session
+async def injected(released: asyncio.Event, session: Session) -> None:
+    await session.fetch_value("SELECT 1")
+    await released.wait()
+
+
+@pytest.mark.parametrize("function", [in_the_background, injected])
+async def test_a_session_of_a_decorator_names_the_function(
+    function: Callable[..., Awaitable[None]],
+    real_database: DatabaseInterface,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """In a task of its own no line of the project's has made it."""
+    released = asyncio.Event()
+    await real_database.close()
+    setting = {"LEAK_WARNING_SECONDS": 0.1, "ALIAS": real_database.alias}
+    with override_settings(ASYNC_SESSION=setting):
+        task = asyncio.ensure_future(function(released=released))
+        (said,) = await leak_of(real_database, caplog)
+        released.set()
+        await task
+        await real_database.close()
+    assert re.search(rf"made at {__file__}:\d+ in {function.__name__} holds", said)
 
 
 async def test_a_session_that_ends_in_time_is_not_logged(

@@ -13,7 +13,7 @@ import re
 import weakref
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -27,7 +27,7 @@ from greenlet import getcurrent, greenlet
 
 from django_asyncsession.bridge import await_
 from django_asyncsession.exceptions import AliasNotInSession, ConfigurationError, SessionClosedError
-from django_asyncsession.observe.statements import Watch, watched
+from django_asyncsession.observe.statements import Timed, Watch, ends
 from django_asyncsession.scanner import Scanner, scanner
 from django_asyncsession.statements import change_in, reading
 
@@ -140,11 +140,17 @@ def sets_something(sql: str) -> bool:
     return "set_config" in sql.lower() or ONCE.match(sql) is None
 
 
+# What reads the rows of a statement.
+FETCHES = frozenset({"fetchone", "fetchmany", "fetchall", "nextset"})
+
+
 class SeenCursorMixin(CursorWrapper if TYPE_CHECKING else object):  # type: ignore[misc]
     """A Django cursor that tells the wrapper what it sends, after the execute wrappers, which may
     have changed it. What a driver sends meanwhile is known."""
 
     db: BridgedMixin
+    # The statement that it sent last, while something watches.
+    timed: Timed
 
     def _execute(self, sql: Any, params: Any, *context: Any) -> Any:
         db = self.db
@@ -154,7 +160,8 @@ class SeenCursorMixin(CursorWrapper if TYPE_CHECKING else object):  # type: igno
         outer, db.own_use = db.own_use, True
         try:
             if Watch.is_on:
-                return watched(db, sql, super()._execute, params, *context)
+                self.timed = Timed(db, sql)
+                return self.timed.run(super()._execute, sql, params, *context)
             return super()._execute(sql, params, *context)
         finally:
             db.own_use = outer
@@ -166,14 +173,29 @@ class SeenCursorMixin(CursorWrapper if TYPE_CHECKING else object):  # type: igno
         outer, db.own_use = db.own_use, True
         try:
             if Watch.is_on:
-                return watched(db, sql, super()._executemany, param_list, *context)
+                self.timed = Timed(db, sql)
+                return self.timed.run(super()._executemany, sql, param_list, *context)
             return super()._executemany(sql, param_list, *context)
         finally:
             db.own_use = outer
 
     def callproc(self, *args: Any, **kwargs: Any) -> Any:
         self.db.note_unseen("CALL")
+        if Watch.is_on:
+            self.timed = Timed(self.db, f"CALL {args[0] if args else kwargs.get('procname')}")
+            return self.timed.run(partial(super().callproc, *args, **kwargs))
         return super().callproc(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        found = super().__getattr__(name)
+        if Watch.is_on and name in FETCHES and (timed := self.__dict__.get("timed")) is not None:
+            return partial(timed.run, found)
+        return found
+
+    def __iter__(self) -> Iterator[Any]:
+        rows: Iterator[Any] = super().__iter__()
+        timed = self.__dict__.get("timed") if Watch.is_on else None
+        return rows if timed is None else timed.each(rows)
 
 
 class WatchedCursorMixin(SeenCursorMixin):
@@ -333,6 +355,7 @@ class BridgedMixin(_Wrapper):
         self.set_up_touches, self.touched = self.touched, False
         self.connected()
         self.queries_log.clear()
+        self.last_statement = None
         self._fill_caches()
         for name in self.left_to_reset:
             setattr(self, name, getattr(self, name))
@@ -490,11 +513,17 @@ class BridgedMixin(_Wrapper):
 
     def _commit(self) -> None:
         self.check_alive()
-        super()._commit()
+        if Watch.is_on and self.pooled:
+            Timed(self, "COMMIT").run(super()._commit)
+        else:
+            super()._commit()
         self.commit_confirmed = True
 
     def _rollback(self) -> None:
-        super()._rollback()
+        if Watch.is_on and self.pooled:
+            Timed(self, "ROLLBACK").run(super()._rollback)
+        else:
+            super()._rollback()
         self.dead = False
 
     def on_commit(self, func: Any, robust: bool = False) -> None:
@@ -764,6 +793,9 @@ class BridgedMixin(_Wrapper):
         """
         return None
 
+
+# A task of the pool's opens connections, whoever waits for one.
+ends[BridgedMixin.open.__code__] = "the opening of a connection"
 
 # What Django hides in the settings that its error pages show, and what may set anything.
 _is_secret = re.compile(

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import gc
+import inspect
 import logging
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
+from types import FrameType
 from typing import Any
 
+from django_asyncsession import bridge
+from django_asyncsession.origins import is_ours
 from django_asyncsession.pool import Lease, Pool
 
 from .statements import shown
@@ -48,7 +53,7 @@ def _log(alias: str, lease: Lease[Any], seconds: float) -> None:
     sql = getattr(lease.connection, "last_statement", None)
     text = "none" if sql is None else shown(lease.connection, sql)
     task = None if lease.holder is None else lease.holder()
-    stack = [] if task is None else list(suspended_at(task))
+    stack = [] if task is None else list(suspended_at(task, lease.connection))
     logger.warning(
         "a session of %r made at %s holds its connection for %.1f s, in task %r, which %s; last "
         "statement: %s",
@@ -62,16 +67,70 @@ def _log(alias: str, lease: Lease[Any], seconds: float) -> None:
     )
 
 
-def suspended_at(task: asyncio.Task[Any]) -> Iterator[str]:
-    """The lines at which the coroutines of a task wait, the outermost first.
+def suspended_at(task: asyncio.Task[Any], wrapper: Any = None) -> Iterator[str]:
+    """The lines at which a task waits, the outermost first: in its coroutines, in generators that
+    they wait for, and in sync code that they run.
 
     `Task.get_stack` has the outermost only.
+
+    Args:
+        wrapper: the connection, which knows the sync code that uses it.
     """
     awaited: Any = None if task.done() else task.get_coro()
     while awaited is not None:
+        if inspect.isasyncgen(generator := _generator_of(awaited)):
+            awaited = generator
         kind = next((k for k in ("cr", "gi", "ag") if hasattr(awaited, f"{k}_frame")), None)
         frame = getattr(awaited, f"{kind}_frame", None)
         if frame is None:
             return
-        yield f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
+        yield from _shown(frame)
+        if frame.f_code is bridge.run_with.__code__:
+            yield from _sync_frames(awaited, wrapper)
         awaited = getattr(awaited, "gi_yieldfrom" if kind == "gi" else f"{kind}_await")
+
+
+def _generator_of(awaited: Any) -> Any:
+    """The async generator whose next value is awaited, which Python tells by its garbage collector
+    only."""
+    if type(awaited) not in STEPS:
+        return None
+    return next(filter(inspect.isasyncgen, gc.get_referents(awaited)), None)
+
+
+def _sync_frames(running: Any, wrapper: Any) -> Iterator[str]:
+    """The lines of the sync code that this coroutine of `bridge.run_with` runs.
+
+    Its own variables are not looked at by `f_locals`, which would keep what it keeps.
+    """
+    found = next((r for r in gc.get_referents(running) if isinstance(r, bridge.Bridge)), None)
+    serving = getattr(wrapper, "serving", None)
+    below: Any = None if serving is None else serving()
+    greenlets: list[bridge.Bridge] = []
+    while isinstance(below, bridge.Bridge):
+        greenlets.insert(0, below)
+        below = below.parent
+    if found not in greenlets:
+        greenlets = [] if found is None else [found]
+    for each in greenlets:
+        frames: list[FrameType] = []
+        frame = each.gr_frame
+        while frame is not None:
+            frames.insert(0, frame)
+            frame = frame.f_back
+        for frame in frames:
+            yield from _shown(frame)
+
+
+def _shown(frame: FrameType) -> Iterator[str]:
+    if not is_ours(frame.f_code):
+        yield f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
+
+
+async def _one() -> AsyncGenerator[None, None]:
+    yield
+
+
+_some = _one()
+# What awaits the next value of an async generator: `async for`, `asend`, `aclose`.
+STEPS = frozenset({type(_some.__anext__()), type(_some.aclose())})

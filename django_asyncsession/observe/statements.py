@@ -6,9 +6,9 @@ import contextvars
 import logging
 import sys
 import time
-from collections.abc import Callable
-from types import FrameType
-from typing import Any
+from collections.abc import Callable, Iterator
+from types import CodeType, FrameType
+from typing import Any, TypeVar
 
 from greenlet import getcurrent
 
@@ -18,6 +18,8 @@ from django_asyncsession.origins import RequestSite, Site, caller_of
 from django_asyncsession.scanner import normalise
 
 logger = logging.getLogger("django_asyncsession.slow")
+
+T = TypeVar("T")
 
 # The request that is answered in this context.
 request: contextvars.ContextVar[RequestSite | None] = contextvars.ContextVar(
@@ -44,24 +46,45 @@ def follow_settings(setting: str = "ASYNC_SESSION", **kwargs: Any) -> None:
             Watch.is_on, Watch.slow_seconds = False, None
 
 
-def watched(db: Any, sql: Any, send: Callable[..., Any], *args: Any) -> Any:
-    """Send a statement, and log it when it took too long, however it ended.
+class Timed:
+    """A statement, and the time that it has taken so far: sending it, and reading its rows, which
+    some drivers let the server make only then. It is logged once, when that is too long.
 
     Args:
         db: the wrapper, which remembers the statement as its last.
-        send: called with `sql` and `args`.
     """
-    db.last_statement = sql
-    started = time.monotonic()
-    outcome = "failed after"
-    try:
-        result = send(sql, *args)
-        outcome = "took"
-        return result
-    finally:
-        limit, seconds = Watch.slow_seconds, time.monotonic() - started
-        if limit is not None and seconds > limit:
-            _log(db, sql, seconds, outcome)
+
+    def __init__(self, db: Any, sql: Any) -> None:
+        db.last_statement = sql
+        self._db, self._sql = db, sql
+        self._seconds = 0.0
+        self._is_logged = False
+
+    def run(self, send: Callable[..., T], *args: Any) -> T:
+        """Call what sends it, or reads of it, however that ends."""
+        started = time.monotonic()
+        outcome = "failed after"
+        try:
+            result = send(*args)
+            outcome = "took"
+            return result
+        except StopIteration:
+            outcome = "took"
+            raise
+        finally:
+            self._seconds += time.monotonic() - started
+            limit = Watch.slow_seconds
+            if limit is not None and self._seconds > limit and not self._is_logged:
+                self._is_logged = True
+                _log(self._db, self._sql, self._seconds, outcome)
+
+    def each(self, rows: Iterator[T]) -> Iterator[T]:
+        """The same rows."""
+        try:
+            while True:
+                yield self.run(next, rows)
+        except StopIteration:
+            return
 
 
 def _log(db: Any, sql: Any, seconds: float, outcome: str) -> None:
@@ -90,12 +113,19 @@ def shown(db: Any, sql: Any) -> str:
     return normalise(text, db.vendor).encode()[:2048].decode(errors="ignore")
 
 
+# What ends sessions by itself, with what is said of it: who called it has sent no statement.
+ends: dict[CodeType, str] = {}
+
+
 def _caller() -> Site | str:
     """The line of the project's that sent the statement: in this greenlet, or in what awaits it."""
     this: Any = getcurrent()
     frame: FrameType | None = sys._getframe(1)
     while True:
-        if (site := caller_of(frame)) is not None:
+        site = caller_of(frame, ends.keys())
+        if isinstance(site, CodeType):
+            return ends[site]
+        if site is not None:
             return site
         this = this.parent
         if this is None:
