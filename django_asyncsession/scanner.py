@@ -50,20 +50,28 @@ class Scanner:
         string, name, comment, plain: patterns of what is one thing for the database; `plain` is
             what is nothing else: words, numbers, signs.
         plain_inside: `plain` in a comment whose content runs.
+        space: the pattern of a character of white space.
     """
 
     def __init__(
-        self, *, string: str, name: str, comment: str, plain: str, plain_inside: str = ""
+        self,
+        *,
+        string: str,
+        name: str,
+        comment: str,
+        plain: str,
+        plain_inside: str = "",
+        space: str = SPACE,
     ) -> None:
-        self._nothing = _compile(rf"(?:{SPACE}++|{comment}|;)*+")
+        self._nothing = _compile(rf"(?:{space}++|{comment}|;)*+")
         self._patterns = []
         for signs in (plain, plain_inside or plain):
-            code = rf"{signs}|{SPACE}++"
+            code = rf"{signs}|{space}++"
             self._patterns.append(
                 (
                     _compile(rf"(?:{code}|{string}|{name}|{comment})*+"),
                     _compile(
-                        rf"(?P<nothing>(?:{comment})(?:{comment}|{SPACE}++)*+)"
+                        rf"(?P<nothing>(?:{comment})(?:{comment}|{space}++)*+)"
                         rf"|(?P<code>(?:{code})++)|(?P<string>(?:{string})++)"
                         rf"|(?P<name>(?:{name})++)|(?P<end>;++)"
                     ),
@@ -377,9 +385,11 @@ class SQLiteScanner(Scanner):
         super().__init__(
             string=r"'[^']*+'",
             name=r'"[^"]*+"|`[^`]*+`|\[[^\]]*+\]',
-            comment=rf"--[^\n]*+|/\*{IN_COMMENT}(?:\*/|\Z)",
-            plain=rf"[0-9{FIRST}][0-9${FIRST}]*+|{_TCL}|-(?!-)|/(?!\*)"
-            rf"""|[^0-9{FIRST}$@:#'"`\[;/\- \t\n\r\f\v]++""",
+            # Two signs at the very end are no comment, and a vertical tab is no space.
+            comment=rf"--[^\n]*+|/\*(?!\Z){IN_COMMENT}(?:\*/|\Z)",
+            plain=rf"[0-9{FIRST}][0-9${FIRST}]*+|{_TCL}|-(?!-)|/(?!\*(?!\Z))"
+            rf"""|[^0-9{FIRST}$@:#'"`\[;/\- \t\n\r\f]++""",
+            space="[ \\t\\n\\r\\f]",
         )
 
     def _end_of_compound(self, text: str, begin: int) -> int | None:

@@ -73,6 +73,9 @@ COUNTS = [
     (SQLITE, "select [;], `;`, \"'\", ';'", 1),
     (SQLITE, "select $a('); drop table t --'", 2),
     (SQLITE, "select 1 /* ; never closed", 1),
+    (SQLITE, "select 1 ; /* never closed", 1),
+    (SQLITE, "select 1 ; /*", 2),
+    (SQLITE, "select 1 ;\v", 2),
     (SQLITE, "create temp trigger t after insert on a begin delete from b; end; select 1", 2),
     (SQLITE, "create table begin (a); drop table t", 2),
 ]
