@@ -11,6 +11,7 @@ import re
 import time
 import weakref
 from collections.abc import Awaitable, Iterator, Mapping
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Self
 
 from django.db import connections
@@ -37,6 +38,7 @@ POOL_OPTIONS = {field.name for field in dataclasses.fields(PoolOptions)}
 # What tells one database from another: a pool made before the test runner renamed the database
 # must not serve it.
 IDENTITY = ("ENGINE", "NAME", "HOST", "PORT", "USER")
+_identity = itemgetter(*IDENTITY)
 
 
 class DatabaseInterface:
@@ -139,10 +141,10 @@ class DatabaseInterface:
         Raises:
             ConfigurationError: pool options that cannot work.
         """
-        identity = tuple(self._settings_dict[name] for name in IDENTITY)
+        identity = _identity(self._settings_dict)
         loop = asyncio.get_running_loop()
         known, pool = self._pools.get(id(loop), (None, None))
-        if pool is not None and known == identity and not pool.closed and pool.belongs_to(loop):
+        if pool is not None and known == identity and not pool.closed and pool.loop is loop:
             return pool
         if pool is not None:
             pool.terminate()
@@ -162,7 +164,7 @@ class DatabaseInterface:
         except RuntimeError:
             return None
         _, pool = self._pools.get(id(loop), (None, None))
-        return pool if pool is not None and pool.belongs_to(loop) else None
+        return pool if pool is not None and pool.loop is loop else None
 
     def _make_pool(self) -> Pool[BridgedMixin]:
         hold_back()

@@ -223,7 +223,7 @@ class Pool(Generic[C]):
         self._setting = setting
         # Leases know their task; for who asks where that waits.
         self.notes_holders = False
-        self._loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
         self._idle: deque[_Entry[C]] = deque()
         self._waiters: OrderedDict[asyncio.Future[_Entry[C]], None] = OrderedDict()
         # Those whose time is up, with how long they waited and the name of their task.
@@ -274,7 +274,8 @@ class Pool(Generic[C]):
             WrongLoopError: the pool belongs to another event loop.
             Whatever `connect` raised, when the server refuses or cannot be reached.
         """
-        self._check_usable()
+        if self.closed or asyncio.get_running_loop() is not self.loop:
+            self._check_usable()
         if self._sentinel is None:
             await self._start()
         self._counts["requests_num"] += 1
@@ -353,9 +354,9 @@ class Pool(Generic[C]):
 
     async def _settle(self) -> None:
         """Wait for what the pool's own tasks still do, but not for long."""
-        deadline = self._loop.time() + CLOSE_BUDGET
+        deadline = self.loop.time() + CLOSE_BUDGET
         while (tasks := self._openers | self._checkers | self._finishers) and (
-            left := deadline - self._loop.time()
+            left := deadline - self.loop.time()
         ) > 0:
             await asyncio.wait(tasks, timeout=left)
         for task in tasks:
@@ -385,10 +386,10 @@ class Pool(Generic[C]):
     def close_now(self) -> None:
         """Close the pool from outside of its loop, which does not run: in it, or by `terminate`
         when it is closed."""
-        if self._loop.is_closed() or asyncio._get_running_loop() is not None:
+        if self.loop.is_closed() or asyncio._get_running_loop() is not None:
             self.terminate()
         else:
-            self._loop.run_until_complete(self.close())
+            self.loop.run_until_complete(self.close())
 
     @property
     def leases(self) -> list[Lease[C]]:
@@ -398,17 +399,13 @@ class Pool(Generic[C]):
     @property
     def is_running(self) -> bool:
         """Whether its loop runs, perhaps in another thread."""
-        return self._loop.is_running()
-
-    def belongs_to(self, loop: asyncio.AbstractEventLoop) -> bool:
-        """Whether this is the pool's loop."""
-        return loop is self._loop
+        return self.loop.is_running()
 
     @property
     def is_orphaned(self) -> bool:
         """Whether the pool's loop is closed, so that nobody can use or close it in an orderly
         way."""
-        return self._loop.is_closed()
+        return self.loop.is_closed()
 
     def discard_idle(self) -> None:
         """Close the idle connections, so that the next ones are new."""
@@ -440,9 +437,9 @@ class Pool(Generic[C]):
     def _check_usable(self) -> None:
         if self.closed:
             raise PoolClosed(f"the pool of {self.name!r} is closed")
-        if asyncio.get_running_loop() is not self._loop:
+        if asyncio.get_running_loop() is not self.loop:
             raise WrongLoopError(
-                f"the pool of {self.name!r} belongs to {loop_name(self._loop)} and is used at "
+                f"the pool of {self.name!r} belongs to {loop_name(self.loop)} and is used at "
                 f"{creation_site()} in {loop_name(asyncio.get_running_loop())}; use the pool of "
                 "the loop that runs"
             )
@@ -485,12 +482,12 @@ class Pool(Generic[C]):
             )
         self._counts["requests_queued"] += 1
         started = time.monotonic()
-        waiter: asyncio.Future[_Entry[C]] = self._loop.create_future()
+        waiter: asyncio.Future[_Entry[C]] = self.loop.create_future()
         self._waiters[waiter] = None
         self._maybe_open()
         seconds = deadline - started
-        timer = self._loop.call_at(
-            self._loop.time() + seconds,
+        timer = self.loop.call_at(
+            self.loop.time() + seconds,
             self._time_out,
             waiter,
             seconds,
@@ -514,7 +511,7 @@ class Pool(Generic[C]):
 
     def _time_out(self, waiter: asyncio.Future[_Entry[C]], seconds: float, task: str) -> None:
         if not self._overdue:
-            self._loop.call_soon(self._tell_overdue, context=contextvars.Context())
+            self.loop.call_soon(self._tell_overdue, context=contextvars.Context())
         self._overdue.append((waiter, seconds, task))
 
     def _tell_overdue(self) -> None:
@@ -534,7 +531,7 @@ class Pool(Generic[C]):
             waiter.set_exception(error)
             del self._waiters[waiter]
         if self._overdue:
-            self._loop.call_soon(self._tell_overdue, context=contextvars.Context())
+            self.loop.call_soon(self._tell_overdue, context=contextvars.Context())
 
     def _usage(self) -> str:
         return f"{self._leased} of {self.options.limit} in use, {len(self._waiters)} waiting"
@@ -595,10 +592,10 @@ class Pool(Generic[C]):
     # Taking connections back
 
     def _take_back(self, lease: Lease[C], usable: bool, lost: bool = False) -> None:
-        if self._loop.is_running() and not self._can_spawn():
+        if self.loop.is_running() and not self._can_spawn():
             # The holder was collected, and unwound, in another thread.
             with contextlib.suppress(RuntimeError):  # closed meanwhile
-                self._loop.call_soon_threadsafe(
+                self.loop.call_soon_threadsafe(
                     self._take_back, lease, usable, lost, context=contextvars.Context()
                 )
             return
@@ -621,12 +618,12 @@ class Pool(Generic[C]):
         pool, or after the loop's end."""
         if self._can_spawn():
             remains = self._end(entry.connection)
-            self._loop.call_soon(self._lose, remains, context=contextvars.Context())
-        elif self._loop.is_closed():
+            self.loop.call_soon(self._lose, remains, context=contextvars.Context())
+        elif self.loop.is_closed():
             self._lose(self._end(entry.connection))
         else:
             with contextlib.suppress(RuntimeError):  # closed meanwhile
-                self._loop.call_soon_threadsafe(
+                self.loop.call_soon_threadsafe(
                     lambda: self._lose(self._end(entry.connection)), context=contextvars.Context()
                 )
 
@@ -639,7 +636,7 @@ class Pool(Generic[C]):
 
     def _put(self, entry: _Entry[C]) -> None:
         """Give a connection in good state to the first who waits, or keep it."""
-        if self.closed or self._loop.is_closed():
+        if self.closed or self.loop.is_closed():
             self._discard(entry)
             return
         while self._waiters:
@@ -668,7 +665,7 @@ class Pool(Generic[C]):
             discard(remains)
             self._free()
         else:
-            self._finish_later(remains, self._loop.time() + CLOSE_BUDGET)
+            self._finish_later(remains, self.loop.time() + CLOSE_BUDGET)
 
     def _finish_later(self, remains: Awaitable[None], deadline: float) -> None:
         task = self._spawn(self._finish(remains, deadline), self._finishers)
@@ -684,19 +681,19 @@ class Pool(Generic[C]):
             except Exception as exc:
                 # A generator or coroutine cannot be awaited again, and says nothing of this.
                 untold = getattr(remains, "is_untold", False)
-                if not untold or self.closed or self._loop.time() >= latest:
+                if not untold or self.closed or self.loop.time() >= latest:
                     logger.warning(
                         "a connection of %r did not end in an orderly way: %r", self.name, exc
                     )
                     return
             await asyncio.sleep(TELL_AGAIN)
-            deadline = self._loop.time() + CLOSE_BUDGET
+            deadline = self.loop.time() + CLOSE_BUDGET
 
     def _finished(
         self, remains: Awaitable[None], deadline: float, task: asyncio.Task[None]
     ) -> None:
         again = task.cancelled() and not isinstance(remains, Coroutine)
-        if again and self._loop.time() < deadline and self._can_spawn():
+        if again and self.loop.time() < deadline and self._can_spawn():
             # The end of the loop cancels all tasks; the server is told all the same, and the
             # sentinel waits for it.
             self._finish_later(remains, deadline)
@@ -767,7 +764,7 @@ class Pool(Generic[C]):
         """Come back when the newest attempt has had its time."""
         if self._next_try is not None:
             self._next_try.cancel()
-        self._next_try = self._loop.call_later(
+        self._next_try = self.loop.call_later(
             PATIENCE, _try_another, weakref.ref(self), context=contextvars.Context()
         )
 
@@ -840,7 +837,7 @@ class Pool(Generic[C]):
     def _fail_waiters(self, error: Callable[[], BaseException], most: int | None = None) -> None:
         while self._waiters and most != 0:
             waiter, _ = self._waiters.popitem(last=False)
-            if not waiter.done() and not self._loop.is_closed():
+            if not waiter.done() and not self.loop.is_closed():
                 waiter.set_exception(error())
                 most = None if most is None else most - 1
 
@@ -857,7 +854,7 @@ class Pool(Generic[C]):
             self._discard(self._idle.popleft())
         self._maybe_open()
         # Neither the pool nor the context of its first caller lives until the timer's end.
-        self._timer = self._loop.call_later(
+        self._timer = self.loop.call_later(
             max(0.05, min(self.options.max_idle, self.options.max_lifetime) / 4),
             _housekeep,
             weakref.ref(self),
@@ -873,13 +870,13 @@ class Pool(Generic[C]):
             await self._drained.wait()
 
     def _can_spawn(self) -> bool:
-        return asyncio._get_running_loop() is self._loop
+        return asyncio._get_running_loop() is self.loop
 
     def _spawn(
         self, coroutine: Coroutine[Any, Any, None], group: set[asyncio.Task[None]]
     ) -> asyncio.Task[None]:
         # A context of its own: the task outlives the request that happened to start it.
-        task = self._loop.create_task(coroutine, context=contextvars.Context())
+        task = self.loop.create_task(coroutine, context=contextvars.Context())
         group.add(task)
         task.add_done_callback(group.discard)
         return task

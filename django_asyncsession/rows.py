@@ -222,7 +222,9 @@ def remember(rows: Iterable[Any], *, anew: bool = False) -> None:
         seen.add(id(row))
         state = row._state.__dict__
         if state.get("asyncsession") is None:
-            _mark(row, Snapshot(row))
+            state["asyncsession"] = Snapshot(row)
+            if FETCH_ONE is not None and row._state.fetch_mode is FETCH_ONE:
+                row._state.fetch_mode = SESSION_FETCH
         if state.get("fields_cache"):
             stack.extend(state["fields_cache"].values())
         if "_prefetched_objects_cache" in row.__dict__:
@@ -783,9 +785,11 @@ def to_dict(row: Model) -> dict[str, Any]:
 def get(model: type[M], pk: Any, using: str) -> M | None:
     """The row with this primary key, or None."""
     try:
-        return get_one(model, pk, using)
+        row: M = on(model._default_manager, using).get(pk=pk)
     except ObjectDoesNotExist:
         return None
+    remember((row,))
+    return row
 
 
 def get_one(model: type[M], pk: Any, using: str) -> M:
@@ -795,5 +799,5 @@ def get_one(model: type[M], pk: Any, using: str) -> M:
         Model.DoesNotExist: there is none.
     """
     row: M = on(model._default_manager, using).get(pk=pk)
-    remember([row])
+    remember((row,))
     return row

@@ -170,19 +170,20 @@ class Session:
             SessionStateError: in a transaction already; nested blocks are `begin_nested()`.
             SessionClosedError: the session is closed.
         """
-        self._check_not_closed()
-        self._check_loop()
+        if self._state is not State.NEW:
+            self._check_not_closed()
+            self._check_loop()
         if self._transaction is not None:
             raise SessionStateError(
                 f"{self!r} has begun already; nest with `async with session.begin_nested()`"
             )
         if not self.autocommit:
-            self._transaction = await self._new_transaction().begin()
+            self._transaction = self._new_transaction().begin_now()
         elif self._state is not State.NEW:
             raise SessionStateError(
                 f"{self!r} has begun already; use `async with session.atomic()`"
             )
-        self._set_begun()
+        self._state, self._loop = State.IDLE, asyncio.get_running_loop()
         return self
 
     start = begin
@@ -218,12 +219,14 @@ class Session:
         return self
 
     async def _finish(self, how: Callable[[Transaction], Awaitable[None]], what: str) -> None:
-        self._check_begun()
-        if self.autocommit:
-            raise SessionStateError(
-                f"{what} in autocommit mode: every statement is committed already"
-            )
-        transaction = await self._settled()
+        transaction = self._going_on
+        if transaction is None or self.autocommit:
+            self._check_begun()
+            if self.autocommit:
+                raise SessionStateError(
+                    f"{what} in autocommit mode: every statement is committed already"
+                )
+            transaction = await self._settled()
         if transaction is None:
             return
         try:
@@ -240,7 +243,8 @@ class Session:
         nothing."""
         transaction = self._transaction
         if not nothing_can_wait():
-            self._check_loop()
+            if asyncio._get_running_loop() is not self._loop:
+                self._check_loop()
             if transaction is not None:
                 transaction.check_may_close()
         self._state = State.CLOSED
@@ -268,14 +272,16 @@ class Session:
         return self
 
     async def __aenter__(self) -> Self:
-        self._check_not_closed()
+        if self._state is State.CLOSED:
+            self._check_not_closed()
         if self._entered:
             raise SessionStateError(
                 f"{self!r} is entered already; nest with `async with session.begin_nested()`"
             )
         if self._state is State.NEW:
             await self.begin()
-        self._check_loop()
+        else:
+            self._check_loop()
         self._entered = True
         return self
 
@@ -287,7 +293,7 @@ class Session:
     ) -> None:
         try:
             if exc is None and self._transaction is not None:
-                await self.commit()
+                await self._finish(Transaction.commit, "commit()")
         finally:
             await self.close(has_error=exc is not None)
 
@@ -659,6 +665,8 @@ class Session:
     ) -> Coroutine[Any, Any, T]:
         if self.companions is not None:
             return self.companions.run_on(self.alias, fn, *args, **kwargs)
+        if (transaction := self._going_on) is not None:
+            return transaction.run(fn, *args, **kwargs)
         return self.run_alone(fn, *args, **kwargs)
 
     def run_alone(

@@ -207,7 +207,8 @@ class WatchedCursorMixin(SeenCursorMixin):
         if name == "close" and self.__dict__.get("lease") is not self.db.lease:
             # What was given back is closed; code that unwinds must not trip over that.
             return _nothing
-        self._check_lease()
+        if self.__dict__.get("lease") is not self.db.lease:
+            self._check_lease()
         return super().__getattr__(name)
 
     def __iter__(self) -> Iterator[Any]:
@@ -215,7 +216,8 @@ class WatchedCursorMixin(SeenCursorMixin):
         return iter(super().__iter__())
 
     def execute(self, sql: Any, params: Any = None) -> Any:
-        self._check_lease()
+        if self.__dict__.get("lease") is not self.db.lease:
+            self._check_lease()
         return super().execute(sql, params)
 
     def executemany(self, sql: Any, param_list: Any) -> Any:
@@ -229,12 +231,17 @@ class WatchedCursorMixin(SeenCursorMixin):
     def close(self) -> None:
         # A generator that is dropped closes its cursor wherever that happens, where nothing can be
         # awaited: the cursor ends with its transaction anyway.
-        if self.__dict__.get("lease") is self.db.lease and self.db.is_served_here:
+        db = self.db
+        if (
+            self.__dict__.get("lease") is db.lease
+            and db.serving is not None
+            and db.serving() is getcurrent()
+        ):
             # Of a cursor on the server it is a statement. Django leaves it unwrapped.
-            with self.db.wrap_database_errors:
+            with db.wrap_database_errors:
                 self.cursor.close()
         else:
-            self.db.forget_cursor(self)
+            db.forget_cursor(self)
 
     def _check_lease(self) -> None:
         if self.__dict__.get("lease") is not self.db.lease:
@@ -442,7 +449,7 @@ class BridgedMixin(_Wrapper):
         Raises:
             SessionClosedError: a stale handle, or a call outside the bridge.
         """
-        if self.pooled and not self.is_served_here:
+        if self.pooled and (self.serving is None or self.serving() is not getcurrent()):
             raise SessionClosedError(
                 f"a connection of {self.alias!r} is used outside the session that leased it; "
                 "use session.run_sync() while the session is open"
@@ -708,7 +715,12 @@ class BridgedMixin(_Wrapper):
         raise NotImplementedError
 
     def make_cursor(self, cursor: Any) -> Any:
-        return self._watch(super().make_cursor(cursor))
+        made: Any = super().make_cursor(cursor)
+        if self.pooled:
+            plain: Any = type(made)
+            made.__class__ = _watched(plain)
+            made.lease = self.lease
+        return made
 
     def make_debug_cursor(self, cursor: Any) -> Any:
         return self._watch(super().make_debug_cursor(cursor))

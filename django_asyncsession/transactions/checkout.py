@@ -91,7 +91,7 @@ class Checkout:
         contents: Contents | None,
     ) -> None:
         self._database = database
-        self.alias, self.vendor = database.alias, database.vendor
+        self.alias = database.alias
         self.autocommit, self.options = autocommit, options
         self.state = State.NEW
         self._site = site
@@ -211,7 +211,7 @@ class Checkout:
         """As `run`, by whoever has the turn already."""
         task = asyncio.current_task()
         outer, self._running = self._running, task
-        before = cancels()
+        before = 0 if task is None else task.cancelling()
         try:
             lease = self._lease
             if lease is None:
@@ -375,11 +375,6 @@ class Checkout:
         )
 
     @property
-    def _is_server_gone(self) -> bool:
-        """Whether it was not this side that ended the connection."""
-        return self._is_unanswered or (self.is_lost and not self.wrapper.cut)
-
-    @property
     def wrapper(self) -> BridgedMixin:
         """The connection, for sync code that `run` calls.
 
@@ -403,7 +398,6 @@ class Checkout:
 
     async def give_back(self) -> None:
         """Return the connection to its pool, reset; or close it when its state is not certain."""
-        lost = self._lease is not None and self._is_server_gone
         lease, self._lease = self._lease, None
         if lease is None:
             return
@@ -411,8 +405,11 @@ class Checkout:
             await lease.finish()
             return
         wrapper, usable = lease.connection, False
+        gone = wrapper.abandoned or wrapper.transaction_state is TransactionState.UNKNOWN
+        # It was not this side that ended it.
+        lost = self._is_unanswered or (gone and not wrapper.cut)
         try:
-            usable = not nothing_can_wait() and await _reset(wrapper)
+            usable = not gone and not nothing_can_wait() and await _reset(wrapper)
         finally:
             wrapper.lease = None
             if not usable:
@@ -438,8 +435,6 @@ def _nobody() -> None:
 
 async def _reset(wrapper: BridgedMixin) -> bool:
     """Whether the connection could be brought back to how it was before."""
-    if wrapper.abandoned or wrapper.transaction_state is TransactionState.UNKNOWN:
-        return False
     try:
         if _clean_at_once(wrapper):
             return True

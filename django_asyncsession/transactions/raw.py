@@ -24,7 +24,7 @@ class RawSQL(Checkout):
         Raises:
             MultipleStatements: more than one statement in `sql`.
         """
-        check_one_statement(sql, self.vendor)
+        check_one_statement(sql, self._database.vendor)
         return await self.run(self._execute, sql, params)
 
     async def cursor(self, sql: Any, params: Params = None) -> BaseResultSet:
@@ -33,7 +33,7 @@ class RawSQL(Checkout):
         Raises:
             MultipleStatements: more than one statement in `sql`.
         """
-        check_one_statement(sql, self.vendor)
+        check_one_statement(sql, self._database.vendor)
         cursor = await self.run(self._open_cursor, sql, params, stream=False)
         return BaseResultSet(cursor, self.run, buffered=self.wrapper.buffered_cursors)
 
@@ -44,7 +44,7 @@ class RawSQL(Checkout):
         Raises:
             MultipleStatements: more than one statement in `sql`.
         """
-        check_one_statement(sql, self.vendor)
+        check_one_statement(sql, self._database.vendor)
 
         def fetch() -> MemoryCursor:
             cursor = self._open_cursor(sql, params, stream=False)

@@ -167,9 +167,8 @@ class Transaction(RawSQL):
         try:
             mark = await self.take_turn()
             try:
-                self._check_not_finishing(what)
-                self._check_not_in_call(what)
-                self.levels.check_flat(what)
+                if self._finishing or self.turn.depth > 1 or self.levels:
+                    self._refuse_end(what)
                 self._finishing = True
                 try:
                     await how()
@@ -411,7 +410,9 @@ class Transaction(RawSQL):
                 "ending already"
             )
 
-    def _check_not_in_call(self, what: str) -> None:
+    def _refuse_end(self, what: str) -> None:
+        self._check_not_finishing(what)
+        self.levels.check_flat(what)
         if self.turn.depth > 1:
             raise SessionStateError(
                 f"{what} inside sync code that runs on {self.alias!r}, which still needs the "
@@ -451,22 +452,23 @@ class Transaction(RawSQL):
 
     def _reason_to_roll_back(self) -> str | None:
         """Why the transaction must not be committed although nobody asked to roll it back."""
-        begun_by, before = self._begun_by
-        cancelled = cancels() > (before if asyncio.current_task() is begun_by else 0)
-        taken = self.is_taken
-        if cancelled or (taken and self.wrapper.cut):
+        (begun_by, before), task = self._begun_by, asyncio.current_task()
+        cancelled = task is not None and task.cancelling() > (before if task is begun_by else 0)
+        lease = self._lease
+        if cancelled or (lease is not None and lease.connection.cut):
             return "is rolled back, because a cancellation inside it was swallowed"
-        if not taken:
+        if lease is None:
             return None
-        wrapper = self.wrapper
-        if self.is_lost:
+        wrapper = lease.connection
+        state = wrapper.transaction_state
+        if wrapper.abandoned or state is TransactionState.UNKNOWN:
             return "is rolled back, because its connection was lost"
         if wrapper.left_by_sql:
             return (
                 "was ended by SQL inside it; use commit(), rollback() and savepoints instead of "
                 "sending COMMIT or ROLLBACK"
             )
-        failed = wrapper.needs_rollback or wrapper.transaction_state is TransactionState.FAILED
+        failed = wrapper.needs_rollback or state is TransactionState.FAILED
         if failed and not self._is_rollback_wanted:
             return (
                 "is rolled back, because an error inside it was swallowed; "
@@ -476,8 +478,8 @@ class Transaction(RawSQL):
 
     @property
     def _is_rollback_wanted(self) -> bool:
-        taken = self.is_taken
-        return self._rollback_wanted or (taken and self.wrapper.is_rollback_wanted)
+        lease = self._lease
+        return self._rollback_wanted or (lease is not None and lease.connection.is_rollback_wanted)
 
     async def _send_commit(self, wrapper: BridgedMixin, atomic: Atomic) -> None:
         def commit() -> None:

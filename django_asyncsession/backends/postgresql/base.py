@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import psycopg
 from django.db.backends.postgresql import base
+from greenlet import getcurrent
 from psycopg import generators, pq, waiting
 from psycopg._capabilities import capabilities
 from psycopg._conninfo_utils import get_param
@@ -28,7 +29,7 @@ from psycopg.waiting import WAIT_R
 from django_asyncsession.backends.attributes import Attributes
 from django_asyncsession.backends.base import BridgedMixin, TransactionOptions, TransactionState
 from django_asyncsession.backends.sockets import has_hung_up, is_quiet
-from django_asyncsession.bridge import await_, in_bridge
+from django_asyncsession.bridge import Bridge, await_, in_bridge
 from django_asyncsession.exceptions import ConfigurationError
 from django_asyncsession.scanner import PostgreSQLScanner, Scanner
 
@@ -133,7 +134,7 @@ class Connection(psycopg.Connection[Any]):
             if not wrapper.own_use and (name := getattr(gen, "__name__", "")) not in HARMLESS:
                 wrapper.note_unseen("COPY" if "copy" in name else "SQL with the driver")
         self.clean = False
-        if not in_bridge():
+        if not isinstance(getcurrent(), Bridge):
             return super().wait(gen, interval=interval, timeout=timeout)
         fd, steps = self.pgconn.socket, [self._until_abandoned(gen)]
         try:
@@ -151,7 +152,8 @@ class Connection(psycopg.Connection[Any]):
                 self.abandon()
             raise
         finally:
-            self._note_end_of_wait()
+            if self._waits_in is not None or self._ending:
+                self._note_end_of_wait()
             self._note_status()
 
     def _until_abandoned(self, gen: PQGen[RV]) -> PQGen[RV]:
@@ -168,7 +170,9 @@ class Connection(psycopg.Connection[Any]):
             return end.value  # type: ignore[no-any-return]
         finally:
             # Here too: what waits may be collected, in whichever thread.
-            self._note_end_of_wait()
+            self._waits_in = None
+            if self._ending:
+                self.pgconn.finish()
 
     def _note_end_of_wait(self) -> None:
         self._waits_in = None
@@ -182,16 +186,11 @@ class Connection(psycopg.Connection[Any]):
         elif status == IDLE and self.began:
             self.began, self.left_by_sql = False, True
 
-    def cursor(self, *args: Any, **kwargs: Any) -> Any:
+    def set_autocommit(self, value: bool) -> None:
         if self.wrapper is not None and (wrapper := self.wrapper()) is not None:
             wrapper.check_served()
-        return super().cursor(*args, **kwargs)
-
-    def set_autocommit(self, value: bool) -> None:
-        clean = self.clean
-        super().set_autocommit(value)
-        # It has sent nothing.
-        self.clean = clean
+        for _ in self._set_autocommit_gen(value):
+            raise AssertionError("setting autocommit waits for nothing")
 
     def note_opened(self) -> None:
         """Remember the attributes, and what values are converted with: every lease begins so."""
