@@ -1231,10 +1231,10 @@ async def test_without_the_middleware_the_error_says_what_to_do() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*:ResourceWarning")
-def test_under_wsgi_the_error_says_what_to_do() -> None:
+def test_under_the_sync_test_client_the_error_names_the_async_one() -> None:
     with (
         override_settings(ROOT_URLCONF=__name__, MIDDLEWARE=MIDDLEWARE[:1]),
-        pytest.raises(SyncContextError, match="serve the project's ASGI application"),
+        pytest.raises(SyncContextError, match=r"use AsyncClient\(\)"),
     ):
         Client().get("/books/")
 

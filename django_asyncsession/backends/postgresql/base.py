@@ -610,7 +610,8 @@ class Mixin(BridgedMixin, _Base):
     def create_cursor(self, name: str | None = None) -> Any:
         cursor = super().create_cursor(name)
         if self.takes_one:
-            cursor.__class__ = _for_one_statement(type(cursor))  # type: ignore[arg-type]
+            # Not `type(cursor)`: a tool may have put a proxy around it.
+            cursor.__class__ = _for_one_statement(cursor.__class__)
         if name and self.pooled:
             self._named_cursors.add(cursor)
         return cursor
