@@ -22,7 +22,7 @@ from typing import Any, NoReturn, ParamSpec, TypeVar, cast
 
 from greenlet import getcurrent, greenlet
 
-from .exceptions import BridgeError, ConfigurationError
+from .exceptions import BridgeError
 
 logger = logging.getLogger("django_asyncsession.bridge")
 
@@ -295,22 +295,6 @@ def answer_async_guards(explain: Callable[[], Exception | None]) -> None:
     import django.utils.asyncio
 
     django.utils.asyncio.get_running_loop = get_running_loop  # type: ignore[attr-defined]
-
-
-def check_guards_answered() -> None:
-    """Refuse to go on where Django's guards would refuse whatever is called, with advice that does
-    not help.
-
-    Raises:
-        ConfigurationError: the app is not in INSTALLED_APPS, or Django has not started.
-    """
-    import django.utils.asyncio
-
-    if django.utils.asyncio.get_running_loop is not get_running_loop:  # type: ignore[attr-defined]
-        raise ConfigurationError(
-            "django_asyncsession is used without its app; add 'django_asyncsession' to "
-            "INSTALLED_APPS, and call django.setup() in a script"
-        )
 
 
 def discard(awaitable: Awaitable[Any] | None) -> None:

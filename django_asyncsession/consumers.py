@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .exceptions import SessionStateError, SyncContextError
+from .origins import RequestSite
 from .scope import RequestScope, new_session
 from .session import Session
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
         async def __call__(self, scope: Any, receive: Any, send: Any) -> None: ...
 
         async def dispatch(self, message: Any) -> None: ...
+
+        scope: Mapping[str, Any]
 else:
     _Consumer = object
 
@@ -77,7 +80,7 @@ class SessionConsumer(_Consumer):
         if not self.session_per_connection:
             await super().__call__(scope, receive, send)
             return
-        async with self._within_session():
+        async with self._within_session(scope):
             await super().__call__(scope, receive, send)
 
     async def dispatch(self, message: Any) -> None:
@@ -88,7 +91,7 @@ class SessionConsumer(_Consumer):
         from channels.exceptions import StopConsumer
 
         is_last = False
-        async with self._within_session():
+        async with self._within_session(getattr(self, "scope", {})):
             try:
                 await super().dispatch(message)
             except StopConsumer:
@@ -98,8 +101,9 @@ class SessionConsumer(_Consumer):
             raise StopConsumer
 
     @asynccontextmanager
-    async def _within_session(self) -> AsyncIterator[None]:
-        session = new_session(self.session_alias, self.session_options)
+    async def _within_session(self, scope: Mapping[str, Any]) -> AsyncIterator[None]:
+        site = RequestSite.of_consumer(type(self).__qualname__, scope)
+        session = new_session(self.session_alias, self.session_options, site=site)
         outer = _handling.get()
         try:
             async with RequestScope(session):

@@ -9,12 +9,11 @@ from contextlib import contextmanager
 from functools import wraps
 from typing import Any, TypeVar, overload
 
-from django.apps import apps
 from django.http import HttpRequest
 
-from .bridge import check_guards_answered
 from .conf import settings
 from .exceptions import SyncContextError
+from .installed import check_import
 from .origins import Site
 from .scope import RequestScope, new_session, own_thread
 from .session import Session
@@ -133,9 +132,8 @@ def _injected(function: F, name: str, call: Call, decorator: str) -> F:
             f"{decorator} on {function!r}, which is not async; make it `async def`, "
             "or use Django's ORM there as usual"
         )
-    if apps.ready:
-        # So that `manage.py check`, which imports the views, says so.
-        check_guards_answered()
+    # So that `manage.py check`, which imports the views, says so.
+    check_import()
 
     @wraps(function)
     async def injected(*args: Any, **kwargs: Any) -> Any:

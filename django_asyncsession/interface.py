@@ -21,6 +21,7 @@ from . import bridge, threadlocals
 from .backends.base import BridgedMixin, Secret, bridged_class, make_wrapper, masked
 from .conf import settings
 from .exceptions import ConfigurationError, UnknownAlias
+from .installed import check_installed
 from .observe import leaks
 from .pool import COUNTERS, Lease, Pool, PoolOptions
 from .session import Session
@@ -168,7 +169,7 @@ class DatabaseInterface:
 
     def _make_pool(self) -> Pool[BridgedMixin]:
         hold_back()
-        bridge.check_guards_answered()
+        check_installed()
         of_engine = self._wrapper_class.is_permanent
         pool = Pool(
             self._open_connection,

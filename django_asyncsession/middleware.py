@@ -10,7 +10,6 @@ from types import FrameType
 from typing import Any
 
 from asgiref.sync import iscoroutinefunction, markcoroutinefunction
-from django.apps import apps
 from django.conf import settings as django_settings
 from django.core.handlers.base import BaseHandler
 from django.core.handlers.wsgi import WSGIRequest
@@ -19,9 +18,10 @@ from django.http import HttpRequest
 from django.http.response import HttpResponseBase
 from django.utils.module_loading import import_string
 
-from .bridge import check_guards_answered, in_bridge
+from .bridge import in_bridge
 from .conf import settings
 from .exceptions import SyncContextError
+from .installed import check_import, check_installed
 from .observe.statements import request as answered
 from .origins import RequestSite
 from .scope import RefusedSession, RequestScope, new_session
@@ -40,9 +40,7 @@ TEST_CLIENT = (
 )
 _SCOPE = "_async_session_scope"
 
-if apps.ready:
-    # As Django does with a model whose app is missing: without the app no check of ours would run.
-    check_guards_answered()
+check_import()
 
 
 class AsyncSessionMiddleware:
@@ -59,7 +57,7 @@ class AsyncSessionMiddleware:
     sync_capable = False
 
     def __init__(self, get_response: Callable[[HttpRequest], Awaitable[HttpResponseBase]]) -> None:
-        check_guards_answered()
+        check_installed()
         handler = _loading_handler(sys._getframe(1))
         _check_client(handler)
         self.get_response = get_response

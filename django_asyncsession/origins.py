@@ -8,7 +8,7 @@ import inspect
 import os
 import sys
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
@@ -54,7 +54,8 @@ class Site(tuple[CodeType, int]):
 
 
 class RequestSite(str):
-    """A request, where messages otherwise say where a session was made."""
+    """A request, or a connection that a consumer serves, where messages otherwise say where a
+    session was made."""
 
     # Characters of a path that are shown.
     LONGEST = 200
@@ -62,8 +63,27 @@ class RequestSite(str):
     @classmethod
     def of(cls, method: object, path: str) -> RequestSite:
         """The words for a request: its method and its path, without the query."""
-        shown = path if len(path) <= cls.LONGEST else f"{path[: cls.LONGEST]}..."
-        return cls(f"request {method} {shown!r}")
+        return cls(f"request {method} {cls._shown(path)}")
+
+    @classmethod
+    def of_consumer(cls, name: str, scope: Mapping[str, Any]) -> RequestSite:
+        """The words for what a consumer serves: its class and, if there is one, the path.
+
+        Args:
+            name: of the class.
+            scope: the ASGI scope.
+        """
+        path = scope.get("path")
+        return cls(f"consumer {name}" + (f" at {cls._shown(path)}" if path else ""))
+
+    @classmethod
+    def _shown(cls, path: str) -> str:
+        return repr(path if len(path) <= cls.LONGEST else f"{path[: cls.LONGEST]}...")
+
+
+def made(site: Site | str) -> str:
+    """Where a session was made, or what for, as messages say it behind its name."""
+    return f"for {site}" if isinstance(site, RequestSite) else f"made at {site}"
 
 
 def creation_site() -> Site:

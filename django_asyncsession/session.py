@@ -24,10 +24,15 @@ from weakref import ref
 from django.db import connections
 from django.db.models import Model
 
-from . import parallel, rows, threadlocals
+from . import (
+    installed,  # noqa: F401  Says so if the app is missing.
+    parallel,
+    rows,
+    threadlocals,
+)
 from .backends.base import TransactionOptions
 from .exceptions import SessionStateError
-from .origins import creation_site
+from .origins import Site, creation_site, made
 from .queries import DeleteQuery, InsertQuery, Related, SelectQuery, UpdateQuery
 from .results import BaseResultSet, Reader, Row
 from .statements import check_one_statement
@@ -104,7 +109,7 @@ class Session:
         lock_timeout: float | None = None,
         idle_timeout: float | None = None,
         begin_on_use: bool = False,
-        site: str | None = None,
+        site: Site | str | None = None,
     ) -> None:
         self.bind = bind
         self.alias = bind.alias
@@ -121,7 +126,8 @@ class Session:
         )
         self._begin_on_use = begin_on_use
         self._state = State.NEW
-        self._site = creation_site() if site is None else site
+        # Where it was made, or what for, in words for messages.
+        self.site = creation_site() if site is None else site
         # What its sync code has put into thread-locals; None when there are none to swap.
         self.contents = threadlocals.new()
         self._entered = False
@@ -144,7 +150,7 @@ class Session:
         transaction = getattr(self, "_transaction", None)
         if transaction is not None and transaction.holds_connection:
             warnings.warn(
-                f"{self!r} made at {self._site} was never closed; use `async with`, or await "
+                f"{self!r} {made(self.site)} was never closed; use `async with`, or await "
                 "session.close()",
                 ResourceWarning,
                 stacklevel=2,
@@ -587,7 +593,7 @@ class Session:
             if (alive := ended()) is not None:
                 end_later(loop, alive.close(has_error=True))
 
-        return Unread(f"a stream of {self.alias!r} (session made at {self._site})", give_up)
+        return Unread(f"a stream of {self.alias!r} (session {made(self.site)})", give_up)
 
     @asynccontextmanager
     async def hold(self) -> AsyncIterator[Transaction]:
@@ -915,7 +921,7 @@ class Session:
         transaction = Transaction(
             self._source,
             autocommit=mode,
-            site=self._site,
+            site=self.site,
             contents=self.contents,
             options=self._options,
         )
@@ -999,10 +1005,10 @@ class Session:
 
     def _check_not_closed(self) -> None:
         if self._state is State.CLOSED:
-            raise session_closed(self.alias, self._site)
+            raise session_closed(self.alias, self.site)
 
     def _check_loop(self) -> None:
-        check_loop(self._loop, self.alias, self._site)
+        check_loop(self._loop, self.alias, self.site)
 
 
 def _no_request() -> None:

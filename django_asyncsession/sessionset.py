@@ -87,8 +87,11 @@ class SessionSet:
                 f"the sessions for {alias!r} and other databases have ended; make new ones"
             )
         if alias not in self._sessions:
-            session = databases[alias].get_session(begin_on_use=True, autocommit=self._autocommit)
-            session.request = self._sessions[self._main].request
+            main = self._sessions[self._main]
+            session = databases[alias].get_session(
+                begin_on_use=True, autocommit=self._autocommit, site=main.site
+            )
+            session.request = main.request
             self._adopt(session)
             self._sessions[alias] = session
         return self._sessions[alias]

@@ -31,7 +31,7 @@ from .exceptions import (
     SharedConnectionWarning,
 )
 from .interface import IDENTITY, DatabaseInterface, databases
-from .origins import creation_site, task_name
+from .origins import creation_site, made, task_name
 from .pool import Lease, Pool
 from .transactions.checkout import taken
 
@@ -181,7 +181,7 @@ class SharedSource:
         top = self._open[-1]
         if top.owner is asyncio.current_task() or lease.lends:
             raise SessionInUseError(
-                f"the session of {self.alias!r} made at {lease.made_at} is used while the one made "
+                f"the session of {self.alias!r} {made(lease.made_at)} is used while the one made "
                 f"at {top.made_at} is open; in a test they share one connection, so end that one "
                 "first"
             )
@@ -201,7 +201,7 @@ class SharedSource:
             top = self._open[-1]
             raise PoolTimeout(
                 f"no turn on the test's connection to {self.alias!r} within {TURN_SECONDS} s; the "
-                f"session made at {top.made_at} is open in task {top.task!r}; sessions that are "
+                f"session {made(top.made_at)} is open in task {top.task!r}; sessions that are "
                 "open at the same time need real transactions (transaction=True)"
             ) from exc
 

@@ -30,6 +30,7 @@ from django_asyncsession import (
     databases,
     inject_session,
 )
+from django_asyncsession.sessionset import current
 from django_asyncsession.testing import AsyncSessionTestCase
 from tests.models import Author
 from tests.test_interface import dsn_of_tests
@@ -66,7 +67,16 @@ async def sync_orm(request: HttpRequest) -> HttpResponse:
     return HttpResponse(str(Author.objects.using(request.GET["alias"]).count()))
 
 
+async def native_of(request: HttpRequest, alias: str) -> HttpResponse:
+    await Author.objects.using(alias).acount()
+    sessions = current()
+    assert sessions is not None
+    left["session"] = sessions.session(alias)
+    return HttpResponse()
+
+
 urlpatterns = [
+    path("native/<slug:alias>/", native_of),
     path("leave/<slug:name>/", leave),
     path("injected/", leave_injected),
     path("stream/", stream),
@@ -96,6 +106,22 @@ async def test_a_session_used_after_its_request_names_the_request(
     said = str(caught.value)
     assert f"for request POST '{place}' is closed" in said
     assert "@background_session" in said and ".py" not in said and "secret" not in said
+
+
+@pytest.mark.parametrize("alias", ["default", "sqlite", "mysql"])
+async def test_so_does_one_that_native_mode_made_for_another_alias(
+    alias: str, empty_tables: None
+) -> None:
+    """In an error after its end, and in what is logged of it meanwhile."""
+    setting = {"NATIVE_ORM": True, "ALIAS": "sqlite" if alias == "default" else "default"}
+    with override_settings(ROOT_URLCONF=__name__, MIDDLEWARE=[OURS], ASYNC_SESSION=setting):
+        await AsyncClient().get(f"/native/{alias}/")
+    await databases.close_all()
+    with pytest.raises(SessionClosedError) as caught:
+        await left["session"].fetch_value("SELECT 1")
+    said = str(caught.value)
+    assert f"the session of '{alias}' for request GET '/native/{alias}/' is closed" in said
+    assert "@background_session" in said and ".py" not in said
 
 
 async def test_a_session_of_no_request_names_the_line_that_made_it() -> None:

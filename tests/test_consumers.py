@@ -119,6 +119,31 @@ async def test_every_message_is_committed_from_connect_to_disconnect(
 
 
 @in_both_modes
+@pytest.mark.parametrize("per_connection", [False, True])
+async def test_a_session_used_after_its_message_names_the_consumer(
+    per_connection: bool, default: DatabaseInterface
+) -> None:
+    """And its path, but neither the query string nor a line of the server's."""
+    sessions: list[Session] = []
+
+    class Consumer(Register):
+        session_per_connection = per_connection
+
+        async def and_then(self, content: Any) -> None:
+            sessions.append(self.session)
+
+    communicator = WebsocketCommunicator(Consumer.as_asgi(), "/chat/7/?token=secret")
+    await communicator.connect(5)
+    await say(communicator, name="Ada")
+    await communicator.disconnect(code=1001)
+    with pytest.raises(SessionClosedError) as caught:
+        await sessions[0].fetch_value("SELECT 1")
+    said = str(caught.value)
+    assert "Consumer at '/chat/7/' is closed; " in said and "for consumer " in said
+    assert "@background_session" in said and ".py" not in said and "secret" not in said
+
+
+@in_both_modes
 async def test_between_messages_no_connection_is_held(default: DatabaseInterface) -> None:
     sessions: list[Session] = []
 

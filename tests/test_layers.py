@@ -19,7 +19,7 @@ ROOT = Path(django_asyncsession.__file__).parent
 # From the bottom up; a module may import what stands in a line above its own, or in its own line.
 LAYERS = [
     {"exceptions", "conf", "signals", "origins", "scanner", "shutdown"},
-    {"bridge", "results", "columns", "statements", "threadlocals", "unread"},
+    {"bridge", "results", "columns", "statements", "threadlocals", "unread", "installed"},
     {"tables", "backends", "connections", "pool", "queries", "rows", "guards", "writes", "observe"},
     {"transactions"},
     {"parallel"},

@@ -47,6 +47,13 @@ async def view(request):
     return HttpResponse()
 urlpatterns = [path("", view)]
 """
+# Of the app "things", which few have.
+MODELS = """
+from django.db import models
+from django_asyncsession import Session
+class Thing(models.Model):
+    pass
+"""
 INJECTED = """
 from django.urls import path
 def view(request):
@@ -69,8 +76,8 @@ for command in {commands!r}:
 SESSION = """
 import django
 django.setup()
-from django_asyncsession import databases
 async def main():
+    from django_asyncsession import databases
     async with databases["default"].get_session() as session:
         await session.execute("SELECT 1")
 try:
@@ -106,6 +113,8 @@ def project(
     block = f"sys.modules.update(dict.fromkeys({blocked!r}))"
     with TemporaryDirectory() as folder:
         Path(folder, "urls.py").write_text(views)
+        Path(folder, "things").mkdir()
+        Path(folder, "things", "models.py").write_text(MODELS)
         head = PROJECT.format(
             blocked=block, database=database, changes=changes, folder=folder, end=END
         )
@@ -212,13 +221,45 @@ execute_from_command_line(["manage.py", "check"])
 """
 
 
-@pytest.mark.parametrize("code", [CHECK, REQUEST], ids=["check", "request"])
 @pytest.mark.parametrize("native", [False, True])
-def test_the_middleware_without_the_app(native: bool, code: str) -> None:
-    """`check` knows it by django.contrib.auth, which imports the middleware."""
-    setting = {"NATIVE_ORM": native}
-    said = project(code, INSTALLED_APPS=WITHOUT_APP, MIDDLEWARE=[MIDDLEWARE], ASYNC_SESSION=setting)
+def test_the_middleware_without_the_app_is_an_error_of_the_first_request(native: bool) -> None:
+    changes = {"MIDDLEWARE": [MIDDLEWARE], "ASYNC_SESSION": {"NATIVE_ORM": native}}
+    said = project(REQUEST, INSTALLED_APPS=WITHOUT_APP, **changes)
     assert "add 'django_asyncsession' to INSTALLED_APPS" in said.splitlines()[-1]
+
+
+TYPED = """
+from django.urls import path
+from django_asyncsession import Session
+async def view(request):
+    session: Session = request.db_session
+urlpatterns = [path("", view)]
+"""
+
+
+@pytest.mark.parametrize("command", ["check", "check --deploy", "migrate"])
+@pytest.mark.parametrize(
+    ("apps", "views"),
+    [
+        # By django.contrib.auth, which imports the middleware.
+        (WITHOUT_APP, VIEWS),
+        # By the views.
+        ([], TYPED),
+        ([], INJECTED),
+        # By the models.
+        (["things"], VIEWS),
+    ],
+    ids=["auth", "types", "decorator", "models"],
+)
+def test_the_middleware_without_the_app_is_an_error_of_check(
+    apps: list[str], views: str, command: str
+) -> None:
+    """With an id and without a traceback, by whatever imports this package."""
+    changes = {"MIDDLEWARE": [MIDDLEWARE], "INSTALLED_APPS": apps}
+    (said,) = commands(command, views=views, **changes)
+    assert "django_asyncsession.E008" in said
+    assert "dd 'django_asyncsession' to INSTALLED_APPS" in said
+    assert "Traceback" not in said
 
 
 def test_an_injected_session_without_the_app() -> None:
@@ -231,8 +272,15 @@ def test_an_injected_session_without_the_app() -> None:
 def test_a_session_without_the_app(database: dict[str, Any]) -> None:
     """Nothing of Django's "You cannot call this from an async context"."""
     said = project(SESSION, database=database, INSTALLED_APPS=[])
-    assert said.startswith("ConfigurationError: ")
+    assert said.startswith("AppMissingError: ")
     assert "add 'django_asyncsession' to INSTALLED_APPS" in said
+
+
+@pytest.mark.parametrize("database", [POSTGRESQL, MYSQL, SQLITE], ids=lambda d: d["ENGINE"])
+def test_a_session_before_django_has_started(database: dict[str, Any]) -> None:
+    said = project(SESSION.replace("django.setup()", ""), database=database)
+    assert said.startswith("ConfigurationError: ")
+    assert "call django.setup()" in said
 
 
 NATIVE = {"NATIVE_ORM": True}

@@ -14,7 +14,7 @@ from types import FrameType
 from typing import Any
 
 from django_asyncsession import bridge
-from django_asyncsession.origins import is_ours
+from django_asyncsession.origins import is_ours, made
 from django_asyncsession.pool import Lease, Pool
 
 from .statements import shown
@@ -55,10 +55,10 @@ def _log(alias: str, lease: Lease[Any], seconds: float) -> None:
     task = None if lease.holder is None else lease.holder()
     stack = [] if task is None else list(suspended_at(task, lease.connection))
     logger.warning(
-        "a session of %r made at %s holds its connection for %.1f s, in task %r, which %s; last "
+        "a session of %r %s holds its connection for %.1f s, in task %r, which %s; last "
         "statement: %s",
         alias,
-        lease.made_at,
+        made(lease.made_at),
         seconds,
         lease.task,
         f"waits at {' > '.join(stack)}" if stack else "has ended",

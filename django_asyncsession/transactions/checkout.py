@@ -23,7 +23,7 @@ from django_asyncsession.exceptions import (
     SessionStateError,
     WrongLoopError,
 )
-from django_asyncsession.origins import RequestSite, Site, creation_site, loop_name, task_name
+from django_asyncsession.origins import RequestSite, Site, creation_site, loop_name, made, task_name
 from django_asyncsession.pool import Lease
 from django_asyncsession.signals import connection_leased
 from django_asyncsession.threadlocals import Contents
@@ -478,12 +478,10 @@ def session_closed(alias: str, site: Site | str, how: str = "is closed") -> Sess
         site: where it was made, or its request.
         how: it ended.
     """
+    remedy = "make a new one"
     if isinstance(site, RequestSite):
-        return SessionClosedError(
-            f"the session of {alias!r} for {site} {how}; work that outlives its request needs a "
-            "session of its own: @background_session"
-        )
-    return SessionClosedError(f"the session of {alias!r} made at {site} {how}; make a new one")
+        remedy = "work that outlives it needs a session of its own: @background_session"
+    return SessionClosedError(f"the session of {alias!r} {made(site)} {how}; {remedy}")
 
 
 def check_loop(loop: asyncio.AbstractEventLoop | None, alias: str, site: Site | str) -> None:
@@ -498,7 +496,7 @@ def check_loop(loop: asyncio.AbstractEventLoop | None, alias: str, site: Site | 
     running = asyncio._get_running_loop()
     if loop is not None and running is not loop:
         raise WrongLoopError(
-            f"the session of {alias!r} made at {site} belongs to {loop_name(loop)} and is used at "
+            f"the session of {alias!r} {made(site)} belongs to {loop_name(loop)} and is used at "
             f"{creation_site()} in {loop_name(running)}; make a session in the loop that uses it"
         )
 
