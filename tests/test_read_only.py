@@ -4,6 +4,7 @@ session on the connection may write."""
 from __future__ import annotations
 
 import io
+import sqlite3
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
@@ -39,6 +40,11 @@ DOORS = {
         "RESET ALL",
         "DISCARD ALL",
         "START TRANSACTION READ WRITE",
+        "VACUUM guarded",
+        "REINDEX TABLE guarded",
+        "ALTER SYSTEM SET work_mem = '5MB'",
+        "COPY guarded TO PROGRAM 'cat'",
+        "COPY (SELECT 1) TO '/tmp/made'",
     ],
     "mysql": [
         "SET SESSION TRANSACTION READ WRITE",
@@ -55,6 +61,7 @@ DOORS = {
         "ANALYZE TABLE guarded",
         "KILL QUERY 0",
         "SELECT 1 INTO OUTFILE '/tmp/made'",
+        "CALL opens()",
     ],
     "sqlite": [
         "PRAGMA query_only = OFF",
@@ -66,9 +73,57 @@ DOORS = {
 }
 TRUNCATES = {"postgresql": ["TRUNCATE guarded"], "mysql": ["TRUNCATE TABLE guarded"], "sqlite": []}
 HARMLESS = {
-    "postgresql": ["SET LOCAL statement_timeout = 9999", 'SET search_path = "$user", public'],
+    "postgresql": [
+        "SET LOCAL statement_timeout = 9999",
+        'SET search_path = "$user", public',
+        "SELECT ';'",
+        "EXPLAIN SELECT 1",
+    ],
     "mysql": ["SET @x = 1", "SET NAMES utf8mb4", "ANALYZE SELECT 1", "SELECT 'INTO OUTFILE'"],
     "sqlite": ["PRAGMA table_info(guarded)", "EXPLAIN DELETE FROM guarded"],
+}
+
+# Texts and functions that end the transaction, or its read-only mode, by themselves; PostgreSQL's
+# driver would send several statements.
+SEVERAL = {
+    "postgresql": [
+        "COMMIT; DELETE FROM guarded",
+        "COMMIT; BEGIN READ WRITE; DELETE FROM guarded; COMMIT",
+        "SELECT 1; COMMIT; DELETE FROM guarded; COMMIT",
+        "SELECT set_config('default_transaction_read_only', 'off', false)",
+        "SELECT set_config('transaction_read_only', 'off', false)",
+        "SELECT opens_function()",
+        "CALL opens()",
+        "DO $$ BEGIN COMMIT; SET TRANSACTION READ WRITE; DELETE FROM guarded; END $$",
+    ],
+    "mysql": [
+        "COMMIT; DELETE FROM guarded",
+        "CALL opens()",
+        "SELECT opens_function()",
+        "SELECT NEXTVAL(counting)",
+    ],
+    "sqlite": ["COMMIT; DELETE FROM guarded", "PRAGMA query_only = OFF; DELETE FROM guarded"],
+}
+ROUTINES = {
+    "postgresql": [
+        "CREATE OR REPLACE PROCEDURE opens() LANGUAGE plpgsql AS "
+        "$$ BEGIN COMMIT; SET TRANSACTION READ WRITE; DELETE FROM guarded; END $$",
+        "CREATE OR REPLACE FUNCTION opens_function() RETURNS int LANGUAGE plpgsql AS $$ BEGIN "
+        "PERFORM set_config('default_transaction_read_only', 'off', false); RETURN 1; END $$",
+    ],
+    "mysql": [
+        "CREATE OR REPLACE PROCEDURE opens() "
+        "BEGIN START TRANSACTION READ WRITE; DELETE FROM guarded; COMMIT; END",
+        "CREATE OR REPLACE FUNCTION opens_function() RETURNS int "
+        "BEGIN SET SESSION tx_read_only = 0; RETURN 1; END",
+        "CREATE OR REPLACE SEQUENCE counting",
+    ],
+    "sqlite": [],
+}
+UNDO = {
+    "postgresql": ["DROP PROCEDURE opens", "DROP FUNCTION opens_function"],
+    "mysql": ["DROP PROCEDURE opens", "DROP FUNCTION opens_function", "DROP SEQUENCE counting"],
+    "sqlite": [],
 }
 
 START = [
@@ -139,9 +194,6 @@ async def test_code_that_goes_on_after_a_refusal_changes_nothing(
         for sql in (door, "DELETE FROM guarded", "COMMIT", door, *REFUSED, "COMMIT"):
             with suppress(Exception), wrapper.cursor() as cursor:
                 cursor.execute(sql)
-        if guarded.vendor == "postgresql":
-            # psycopg's own cursors are not looked at.
-            return
         for sql in (door, "DELETE FROM guarded", "COMMIT"):
             with suppress(Exception), wrapper.connection.cursor() as cursor:
                 cursor.execute(sql)
@@ -151,6 +203,62 @@ async def test_code_that_goes_on_after_a_refusal_changes_nothing(
             async with guarded.get_session(read_only=True, autocommit=autocommit) as session:
                 await session.run_sync(attack, door)
         await untouched(guarded)
+
+
+@pytest.mark.parametrize("autocommit", [False, True], ids=["transaction", "autocommit"])
+async def test_sync_code_drivers_cursors_and_routines_cannot_open_the_door(
+    guarded: DatabaseInterface, autocommit: bool
+) -> None:
+    def attack(text: str, how: str) -> None:
+        connection = connections[guarded.alias]
+        for sql in (text, "DELETE FROM guarded", "COMMIT"):
+            with suppress(Exception), connection.cursor() as cursor:
+                if how == "Django's cursor":
+                    cursor.execute(sql)
+                elif how == "its driver's cursor":
+                    cursor.cursor.execute(sql)
+                else:
+                    connection.connection.cursor().execute(sql)
+
+    async with guarded.get_session(autocommit=True) as session:
+        for sql in ROUTINES[guarded.vendor]:
+            await session.execute(sql)
+    try:
+        for text in SEVERAL[guarded.vendor]:
+            for how in ("Django's cursor", "its driver's cursor", "a cursor of the driver's"):
+                with suppress(Exception):
+                    async with guarded.get_session(
+                        read_only=True, autocommit=autocommit
+                    ) as session:
+                        await session.run_sync(attack, text, how)
+                await untouched(guarded), text, how
+    finally:
+        async with guarded.get_session(autocommit=True) as session:
+            for sql in UNDO[guarded.vendor]:
+                await session.execute(sql)
+
+
+async def test_methods_of_sqlites_driver_find_the_transaction_begun(tmp_path: Any) -> None:
+    """Also if they come before any statement."""
+    entry = {**connections.settings["sqlite"], "NAME": str(tmp_path / "blobs.sqlite3")}
+
+    def write() -> None:
+        raw = connections["own"].connection
+        with raw.blobopen("blobs", "data", 1) as blob:
+            blob.write(b"evil")
+
+    async with DatabaseInterface("own", entry) as db:
+        async with db.get_session(autocommit=True) as session:
+            await session.execute("CREATE TABLE blobs (data blob)")
+            await session.execute("INSERT INTO blobs VALUES (x'00000000')")
+        with pytest.raises(sqlite3.OperationalError, match="readonly"):
+            async with db.get_session(read_only=True) as session:
+                await session.run_sync(write)
+        async with db.get_session() as session:
+            await session.run_sync(write)
+            session.set_rollback(True)
+        async with db.get_session() as session:
+            assert await session.fetch_value("SELECT data FROM blobs") == bytes(4)
 
 
 async def test_a_script_of_a_read_only_session_changes_nothing(guarded: DatabaseInterface) -> None:
@@ -169,6 +277,7 @@ async def test_a_read_only_session_runs_what_only_reads(guarded: DatabaseInterfa
                 await session.execute(sql)
             assert await session.fetch_value("SELECT n FROM guarded") == 1
             assert [row async for row in session.stream("SELECT n FROM guarded")] == [(1,)]
+            await session.execute_script("SELECT 1; SELECT 2")
         await untouched(guarded)
 
 

@@ -88,8 +88,10 @@ _server_data: dict[tuple[Any, ...], dict[str, Any]] = {}
 
 # Before each statement of a read-only session, in the same packet.
 READ_ONLY = ("SET SESSION TRANSACTION READ ONLY",)
-# Statements that are made of others, which the server runs whatever they set.
+# Statements that are made of others, which the server runs whatever they set; a procedure may
+# begin transactions.
 COMPOUND = frozenset({"BEGIN", "IF", "CASE", "LOOP", "REPEAT", "WHILE", "FOR", "DECLARE", "XA"})
+COMPOUND |= {"CALL"}
 # Statements that can let a transaction write, and what they say then.
 SETTING = frozenset({"SET", "START"})
 OPENS = frozenset({"WRITE", "STATEMENT", "GLOBAL", "PERSIST", "PERSIST_ONLY", "PASSWORD", '""'})
@@ -350,6 +352,7 @@ class Mixin(BridgedMixin, _Base):
     def reset_at_once(self) -> bool:
         if self.set_up_touches or self.transaction_state is not TransactionState.IDLE:
             return False
+        self.reads_only = False
         if not self.connection.forget_lease():
             return False
         if not self.connection.clean:
@@ -360,6 +363,7 @@ class Mixin(BridgedMixin, _Base):
         return True
 
     def reset(self) -> None:
+        self.reads_only = False
         self.connection.end_stream()
         self.connection.forget_lease()
         self.connection.reset()

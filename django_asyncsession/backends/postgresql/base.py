@@ -13,6 +13,7 @@ import time
 import weakref
 from collections.abc import Awaitable, Callable, Generator, Mapping
 from functools import cache
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import psycopg
@@ -216,13 +217,30 @@ class Connection(psycopg.Connection[Any]):
         super().rollback()
 
     def _start_query(self) -> PQGen[None]:
+        if self._may_write_again:
+            yield from self._send_before(ONLY_READ)
         if self.begin_sql is None or self._autocommit or self._pipeline:
             yield from super()._start_query()
         elif self.pgconn.transaction_status == IDLE:
-            self.pgconn.send_query(self.begin_sql)
-            for result in (yield from generators.execute(self.pgconn)):
-                if result.status == pq.ExecStatus.FATAL_ERROR:
-                    raise psycopg.errors.error_from_result(result, encoding=self.pgconn._encoding)
+            yield from self._send_before(self.begin_sql)
+
+    @property
+    def _may_write_again(self) -> bool:
+        """Whether a function has ended the read-only mode of autocommitted statements, which the
+        server reports, or may have."""
+        if not self._autocommit or self._pipeline or self.wrapper is None:
+            return False
+        if (wrapper := self.wrapper()) is None or not wrapper.reads_only:
+            return False
+        server = self.pgconn
+        is_idle = server.transaction_status == IDLE
+        return is_idle and server.parameter_status(b"default_transaction_read_only") != b"on"
+
+    def _send_before(self, sql: bytes) -> PQGen[None]:
+        self.pgconn.send_query(sql)
+        for result in (yield from generators.execute(self.pgconn)):
+            if result.status == pq.ExecStatus.FATAL_ERROR:
+                raise psycopg.errors.error_from_result(result, encoding=self.pgconn._encoding)
 
     def _exec_command(self, command: Any, result_format: pq.Format = pq.Format.TEXT) -> Any:
         wrapper = None if self.wrapper is None else self.wrapper()
@@ -465,9 +483,43 @@ class ForOneStatement(psycopg.Cursor[Any] if TYPE_CHECKING else object):  # type
         super()._execute_send(query, force_extended=extended, binary=binary)
 
 
+class OnlyReading(ForOneStatement):
+    """A cursor of a read-only session, Django's or the driver's: what would let it write is not
+    sent."""
+
+    __slots__ = ()
+
+    def _execute_send(self, query: Any, **kwargs: Any) -> None:
+        self._check(query)
+        super()._execute_send(query, **kwargs)
+
+    def _send_prepare(self, name: bytes, query: Any) -> None:
+        self._check(query)
+        super()._send_prepare(name, query)
+
+    def _check(self, query: Any) -> None:
+        connection: Any = self._conn
+        if (wrapper := connection.wrapper()) is not None and not wrapper.own_use:
+            wrapper.check_reads_only(query.query.decode(errors="replace"))
+
+
 @cache
-def _for_one_statement(kind: type) -> type:
-    return type(kind.__name__, (ForOneStatement, kind), {"__slots__": ()})
+def _kept_to(kind: Any, rule: Any) -> Any:
+    """The class of a cursor with a rule in front of it."""
+    return kind if issubclass(kind, rule) else type(kind.__name__, (rule, kind), {"__slots__": ()})
+
+
+def _only_reading(factory: Any) -> Any:
+    """What makes cursors, kept to reading; a tool's may be no class."""
+    if isinstance(factory, type):
+        return _kept_to(factory, OnlyReading)
+
+    def make(*args: Any, **kwargs: Any) -> Any:
+        cursor = factory(*args, **kwargs)
+        cursor.__class__ = _kept_to(cursor.__class__, OnlyReading)
+        return cursor
+
+    return make
 
 
 def _are_same(adapters: AdaptersMap, template: AdaptersMap) -> bool:
@@ -484,6 +536,13 @@ def _are_same(adapters: AdaptersMap, template: AdaptersMap) -> bool:
 SETTING = frozenset({"SET", "RESET", "DISCARD", "BEGIN", "START"})
 # What they say then; the sign is that of a name with escapes: U&"...".
 OPENS = frozenset({"WRITE", "&"})
+# Statements that may hold transactions of their own, when none is open.
+COMPOUND = frozenset({"CALL", "DO"})
+# Statements that a read-only transaction allows although they change files or the server.
+CHANGES_MORE = frozenset({"ANALYZE", "CHECKPOINT", "CLUSTER", "LOAD", "REINDEX", "VACUUM"})
+LOOKED_AT = SETTING | COMPOUND | CHANGES_MORE | {"ALTER", "COPY"}
+# Before a statement that commits by itself.
+ONLY_READ = b"SET default_transaction_read_only = on"
 
 
 class Mixin(BridgedMixin, _Base):
@@ -520,7 +579,7 @@ class Mixin(BridgedMixin, _Base):
             return super().is_usable()
 
     def start(self, options: TransactionOptions) -> None:
-        self.reads_only = bool(options.read_only)
+        self._read_only(options)
         self.connection.began = self.connection.left_by_sql = False
         self.connection.begin_sql = self._begin_sql(options) if options.given else None
 
@@ -537,7 +596,6 @@ class Mixin(BridgedMixin, _Base):
         return "; ".join([begin, *settings]).encode()
 
     def configure_autocommit(self, options: TransactionOptions) -> None:
-        self.reads_only = bool(options.read_only)
         settings = [f"SET {name} = {ms}" for name, ms in _timeouts(options)]
         if options.isolation is not None:
             settings.append(f"SET default_transaction_isolation = '{options.isolation}'")
@@ -547,16 +605,32 @@ class Mixin(BridgedMixin, _Base):
             settings.append(f"SET default_transaction_deferrable = {options.deferrable}")
         if settings:
             self._ask("; ".join(settings))
+        self._read_only(options)
+
+    def _read_only(self, options: TransactionOptions) -> None:
+        self.reads_only = bool(options.read_only)
+        if self.reads_only:
+            # Until the end of the lease.
+            connection = self.connection
+            connection.cursor_factory = _only_reading(connection.cursor_factory)
+            connection.server_cursor_factory = _only_reading(connection.server_cursor_factory)
 
     def way_to_write(self, sql: str) -> str:
-        # A transaction that has read nothing yet can be made one that writes; so can the next.
         first = self.scanner.first_word(sql)
-        if first not in SETTING:
+        if first not in LOOKED_AT:
             return ""
         words = self.scanner.words(sql)
-        name = next((word for word in words[1:] if word not in ("SESSION", "LOCAL")), "")
-        # A name in quotes may be that of any setting.
-        opens = "READ_ONLY" in name or name in ("ALL", '""') or not OPENS.isdisjoint(words)
+        if first in SETTING:
+            # A transaction that has read nothing yet can be made one that writes; so can the next.
+            name = next((word for word in words[1:] if word not in ("SESSION", "LOCAL")), "")
+            # A name in quotes may be that of any setting.
+            opens = "READ_ONLY" in name or name in ("ALL", '""') or not OPENS.isdisjoint(words)
+        elif first == "COPY":
+            opens = "PROGRAM" in words or ("TO", "''") in pairwise(words)
+        elif first in COMPOUND:
+            opens = not self.in_atomic_block
+        else:
+            opens = first in CHANGES_MORE or "SYSTEM" in words[:2]
         return " ".join(words[:3]) if opens else ""
 
     @property
@@ -611,7 +685,7 @@ class Mixin(BridgedMixin, _Base):
         cursor = super().create_cursor(name)
         if self.takes_one:
             # Not `type(cursor)`: a tool may have put a proxy around it.
-            cursor.__class__ = _for_one_statement(cursor.__class__)
+            cursor.__class__ = _kept_to(cursor.__class__, ForOneStatement)
         if name and self.pooled:
             self._named_cursors.add(cursor)
         return cursor
@@ -707,7 +781,7 @@ class Mixin(BridgedMixin, _Base):
 
     def _forget_lease(self) -> None:
         connection = self.connection
-        connection.begin_sql = None
+        self.reads_only, connection.begin_sql = False, None
         if (backlog := connection._notifies_backlog) is not None:
             backlog.clear()
 

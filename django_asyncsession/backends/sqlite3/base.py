@@ -162,6 +162,15 @@ class Connection(threaded.Connection):
             self._own("PRAGMA query_only = OFF")
             self._reading = False
 
+    def _call_unseen(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return super()._call_unseen(self._after_begin, fn, *args, **kwargs)
+
+    def _after_begin(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call a method of the driver, which may write or may not; called in the thread."""
+        if self._prelude:
+            self._begin(writes=True)
+        return fn(*args, **kwargs)
+
     def _other(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if method.__name__ == "executescript":
             return self._call(self._statement, method, *args)
