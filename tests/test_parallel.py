@@ -646,6 +646,8 @@ async def test_a_read_whose_sql_locks_is_refused_before_it_is_sent(
         lambda s: s.fetch_all(LOCKING),
         lambda s: s.fetch_all("SELECT 1 /* one */ for -- all\n Share"),
         lambda s: s.run_sync(service, real_database.alias),
+        lambda s: s.select(User).for_update().all(),
+        lambda s: s.run_sync(User.objects.using(s.alias).select_for_update().first),
     ]
     async with real_database.get_session() as session:
         for read in reads:
@@ -657,6 +659,15 @@ async def test_a_read_whose_sql_locks_is_refused_before_it_is_sent(
             # Outside of it, a lock is the server's business.
             assert await session.fetch_all(LOCKING) == []
     await whole(real_database)
+
+
+async def test_a_refused_lock_of_tables_is_not_said_to_have_committed(
+    real_database: DatabaseInterface, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with real_database.get_session() as session:
+        with pytest.raises(SessionStateError, match=r"session\.atomic\(\)"):
+            await session.gather(lambda s: s.execute("LOCK TABLE tests_user"))
+    assert "commits" not in caplog.text
 
 
 async def test_words_in_quotes_lock_nothing(real_database: DatabaseInterface) -> None:

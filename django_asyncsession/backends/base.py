@@ -626,11 +626,11 @@ class BridgedMixin(_Wrapper):
             SessionStateError: it locks, and is a read of `gather`.
             As `before_statement`.
         """
-        if self.pooled:
-            self.before_statement(sql)
         if (reads := reading.get()) is not None and not reads.is_over:
             text = sql if isinstance(sql, str) else sql.as_string(None)
             reads.check(text, self.alias, self.vendor)
+        if self.pooled:
+            self.before_statement(sql)
         self.note_change(sql)
 
     def note_unseen(self, what: str = "SQL with the driver") -> None:

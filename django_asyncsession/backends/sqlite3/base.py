@@ -24,7 +24,7 @@ from django_asyncsession.backends import threaded
 from django_asyncsession.backends.base import TransactionOptions, TransactionState
 from django_asyncsession.conf import settings
 from django_asyncsession.scanner import stripped
-from django_asyncsession.statements import change_in
+from django_asyncsession.statements import change_in, reading
 
 if TYPE_CHECKING:
 
@@ -465,7 +465,13 @@ class Mixin(threaded.Mixin, _Base):
         self.connection._begin_with(f"BEGIN {mode}" if mode else BEGIN)
 
     def lock(self) -> None:
-        """Let the transaction have the write lock from the next statement on."""
+        """Let the transaction have the write lock from the next statement on.
+
+        Raises:
+            SessionStateError: this is a read of `gather`, which has no lock to give.
+        """
+        if (reads := reading.get()) is not None and not reads.is_over:
+            reads.check("LOCK", self.alias, self.vendor)
         if self.pooled and self.in_atomic_block:
             self.changed = self.changed or "SELECT"
             self.connection._must_lock = True
