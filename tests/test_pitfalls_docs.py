@@ -39,6 +39,20 @@ SHOWN = {
     "The contents of ``threading.local`` objects": (
         "test_threadlocals.test_sessions_at_the_same_time_see_their_own"
     ),
+    "What it puts on Django's ``connection``": (
+        "test_connection_state.test_the_wrapper_is_for_each_session_what_it_was_after_opening"
+    ),
+    "The next session finds the object": (
+        "test_connection_state.test_what_receivers_of_connection_created_did_holds_also_after_a_reset"
+    ),
+    "What it sets on the server": (
+        "test_next_session.test_postgresql test_next_session.test_mysql"
+        " test_next_session.test_sqlite"
+    ),
+    "The connection is reset before": (
+        "test_next_session.test_postgresql test_next_session.test_mysql"
+        " test_next_session.test_sqlite"
+    ),
     "Globals, class attributes": "test_pitfalls_docs.test_what_is_shared",
     "A ``threading.local`` that is not listed": "test_pitfalls_docs.test_what_is_shared",
     "What a package keeps by the number": "test_pitfalls_docs.test_what_is_shared",
