@@ -232,8 +232,9 @@ def check_server_connections(databases: Sequence[str] | None = None, **kwargs: A
 
     workers = os.environ.get("WEB_CONCURRENCY", "")
     try:
-        limit = interfaces[_alias()].stats()["pool_max"]
-        available = _server_connections(interfaces[_alias()])
+        interface = interfaces[_alias()]
+        limit = interface.stats()["pool_max"] + interface.connections_beside
+        available = _server_connections(interface)
     except ConfigurationError:
         # E002 or E004 says so.
         return []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
@@ -90,7 +91,8 @@ def _wanted(default: object, value: object) -> str | None:
     if isinstance(default, Sequence):
         return None if isinstance(value, list | tuple | set | frozenset) else "a list"
     if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
-        return None if value is None or value >= 0 else "seconds, 0 or more, or None"
+        fits = value is None or 0 <= value < math.inf
+        return None if fits else "seconds, 0 or more and not infinite, or None"
     return "seconds, or None"
 
 

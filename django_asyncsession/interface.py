@@ -23,7 +23,7 @@ from .conf import settings
 from .exceptions import ConfigurationError, UnknownAlias
 from .installed import check_installed
 from .observe import leaks
-from .pool import COUNTERS, Lease, Pool, PoolOptions
+from .pool import COUNTERS, Lease, Pool, PoolOptions, check_seconds
 from .session import Session
 from .shutdown import hold_back
 from .transactions.checkout import Source
@@ -116,7 +116,11 @@ class DatabaseInterface:
 
         Args:
             grace: seconds that open sessions get to finish.
+
+        Raises:
+            ConfigurationError: `grace` is no time; nothing was closed.
         """
+        check_seconds("grace", grace)
         self._drop_dead_pools()
         _, pool = self._pools.pop(id(asyncio.get_running_loop()), (None, None))
         if pool is not None:
@@ -261,6 +265,12 @@ class DatabaseInterface:
         """Whether transactions of the database can share one snapshot."""
         return self._wrapper_class.exports_snapshots
 
+    @property
+    def connections_beside(self) -> int:
+        """Connections that each pool may have beside those of its sessions: `max_size` and this
+        are what the server must have for it."""
+        return self._wrapper_class.connections_beside
+
     # Sessions
 
     def get_session(self, **options: Any) -> Session:
@@ -367,7 +377,11 @@ class Databases:
 
         Args:
             grace: seconds that open sessions get to finish.
+
+        Raises:
+            ConfigurationError: `grace` is no time; nothing was closed.
         """
+        check_seconds("grace", grace)
         async with contextlib.AsyncExitStack() as stack:
             for interface in self._interfaces.values():
                 stack.push_async_callback(interface.close, grace)

@@ -272,10 +272,13 @@ class Pool(Generic[C]):
             TooManyWaiting: `max_waiting` callers wait already.
             PoolClosed: the pool is closed, or was while waiting.
             WrongLoopError: the pool belongs to another event loop.
+            ConfigurationError: `timeout` is no time.
             Whatever `connect` raised, when the server refuses or cannot be reached.
         """
         if self.closed or asyncio.get_running_loop() is not self.loop:
             self._check_usable()
+        if timeout is not None:
+            check_seconds("timeout", timeout)
         if self._sentinel is None:
             await self._start()
         self._counts["requests_num"] += 1
@@ -335,7 +338,11 @@ class Pool(Generic[C]):
         It returns when the server has let go of every connection, or after two seconds more.
         Cancelled half way,
         it still closes every connection.
+
+        Raises:
+            ConfigurationError: `grace` is no time.
         """
+        check_seconds("grace", grace)
         self.closed = True
         self._fail_waiters(lambda: PoolClosed(f"the pool of {self.name!r} was closed"))
         while self._idle:
@@ -903,6 +910,18 @@ async def _sentinel(pool: weakref.ref[Pool[Any]]) -> AsyncGenerator[None, None]:
         if (alive := pool()) is not None:
             alive.terminate()
             await alive._settle()
+
+
+def check_seconds(name: str, seconds: float) -> None:
+    """Refuse what is no time to wait for.
+
+    Raises:
+        ConfigurationError: it is below 0, infinite, or not a number.
+    """
+    if not 0 <= seconds < math.inf:
+        raise ConfigurationError(
+            f"{name} is {seconds!r}; give seconds, 0 or more, and not infinite"
+        )
 
 
 def _try_another(pool: weakref.ref[Pool[Any]]) -> None:

@@ -140,6 +140,14 @@ def test_more_connections_than_the_server_has(monkeypatch: pytest.MonkeyPatch) -
     assert checks.check_server_connections(databases=None) == []
 
 
+@pytest.mark.skipif("mysql" not in connections.settings, reason="no MySQL server")
+def test_the_connection_that_ends_statements_is_one_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WEB_CONCURRENCY", "100000")
+    with override_settings(ASYNC_SESSION={"ALIAS": "mysql", "POOLS": {"mysql": {"max_size": 7}}}):
+        messages = checks.check_server_connections(databases=["mysql"])
+    assert "800000 connections" in messages[0].msg
+
+
 def test_pgbouncer() -> None:
     with database(PORT=6432, OPTIONS={"prepare_threshold": 5}):
         assert ids(checks.check_pooler()) == ["W104"]

@@ -742,7 +742,8 @@ async def test_the_reset_travels_with_the_end_of_a_transaction(t: None) -> None:
         # Here it is sent after the answer, and only the next session waits for it.
         async with db.get_session() as session:
             await session.execute("INSERT INTO t (n) VALUES (%s)", ["8"])
-        assert proxy.round_trips - before == 2 + 2
+        # The first writes that commit by themselves take one more, see FEW_WRITES.
+        assert proxy.round_trips - before == 3 + 2
         await db.close()
 
 
@@ -956,7 +957,7 @@ async def test_a_stream_that_cannot_be_stopped_is_read_to_its_end(
         await session.execute("INSERT INTO t (n) VALUES (1)")
         connection = await session.driver_connection()
         no_server = lambda: Connection(host="127.0.0.1", port=1)  # noqa: E731
-        monkeypatch.setattr(connection, "_reopen", no_server)
+        monkeypatch.setattr(connection._killer, "_make", no_server)
         rows_of_it = session.stream("SELECT seq, REPEAT('x', 500) FROM seq_1_to_50000")
         await anext(rows_of_it)
         await rows_of_it.aclose()

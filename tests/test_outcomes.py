@@ -5,13 +5,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 from django.db import DatabaseError, OperationalError
 from django.db.transaction import TransactionManagementError
+from django.test import override_settings
 
-from django_asyncsession import DatabaseInterface, databases
+from django_asyncsession import DatabaseInterface, Session, databases
+from django_asyncsession.backends.base import TransactionOptions
+from django_asyncsession.conf import settings
 from django_asyncsession.exceptions import CommitUnknown, ConfigurationError, QueryTimeout
 from django_asyncsession.transactions.transaction import Outcome
 from tests.faults import outcome_of, watchdog
@@ -143,3 +148,109 @@ async def test_a_swallowed_loss_says_that_it_is_rolled_back(
         with pytest.raises(TransactionManagementError, match="because its connection was lost"):
             await session.commit()
         assert session.outcome is Outcome.ROLLED_BACK
+
+
+@pytest.mark.parametrize("seconds", [float("inf"), float("nan"), -1])
+async def test_seconds_to_wait_that_are_no_time_are_refused_and_nothing_is_closed(
+    real_database: DatabaseInterface, seconds: float
+) -> None:
+    with pytest.raises(ConfigurationError, match=r"timeout is .*; give seconds"):
+        await real_database.pool().acquire(seconds)
+    async with real_database.get_session(autocommit=True) as session:
+        for close in (real_database.close, databases.close_all, real_database.pool().close):
+            with pytest.raises(ConfigurationError, match=r"grace is .*; give seconds"):
+                await close(seconds)
+        assert await session.fetch_value("SELECT 1") == 1
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "STREAM_TIMEOUT",
+        "SLOW_QUERY_SECONDS",
+        "LEAK_WARNING_SECONDS",
+        "LOOP_BLOCK_WARNING_SECONDS",
+    ],
+)
+@pytest.mark.parametrize("seconds", [float("inf"), float("nan"), -1])
+def test_settings_in_seconds_that_are_no_times_are_refused(name: str, seconds: float) -> None:
+    with (
+        override_settings(ASYNC_SESSION={name: seconds}),
+        pytest.raises(ConfigurationError, match=rf'"{name}"\] is .*; give seconds'),
+    ):
+        settings.ALIAS  # noqa: B018
+
+
+LOCALES = ["de_DE.UTF-8", "de_DE.utf8", "fr_FR.UTF-8", "es_ES.UTF-8", "ru_RU.UTF-8"]
+
+
+async def speak_another_language(session: Session) -> bool:
+    """Let the server's messages be in another language than English, if it has one."""
+    for name in LOCALES:
+        try:
+            await session.execute("SELECT set_config('lc_messages', %s, false)", [name])
+        except DatabaseError:
+            await session.rollback()
+            await session.begin()
+            continue
+        return True
+    return False
+
+
+@pytest.mark.parametrize("seconds", [30, 0.2], ids=["cancelled", "timed out"])
+async def test_in_another_language_too_a_cancelled_statement_is_no_query_timeout(
+    real_database: DatabaseInterface, seconds: float
+) -> None:
+    if real_database.vendor != "postgresql":
+        pytest.skip("the other databases have numbers for both")
+    session = await real_database.get_session(timeout=seconds).begin()
+    if not await speak_another_language(session):
+        await session.close()
+        pytest.skip("the server has messages in English only")
+    number = await session.fetch_value(MY_ID["postgresql"])
+    running = asyncio.create_task(outcome_of(session.fetch_value(slow(real_database, 20))))
+    async with real_database.get_session(autocommit=True) as admin:
+
+        async def is_running() -> bool:
+            return bool(await admin.fetch_value(RUNNING["postgresql"], [number]))
+
+        if seconds == 30:
+            assert await soon(is_running)
+            await admin.execute(END_STATEMENT["postgresql"], [number])
+        error = await running
+    assert "user request" not in str(error) and "statement timeout" not in str(error.__cause__)
+    assert isinstance(error, OperationalError)
+    assert isinstance(error, QueryTimeout) == (seconds == 0.2), error
+    await session.rollback()
+
+
+async def test_a_cancelled_statement_is_told_from_a_timeout_by_its_time_where_words_do_not_help(
+    real_database: DatabaseInterface,
+) -> None:
+    if real_database.vendor != "postgresql":
+        pytest.skip("the other databases have numbers for both")
+    # As a server says it whose messages are German.
+    error = OperationalError("breche Anfrage wegen Benutzeraufforderung ab")
+    error.__cause__ = psycopg.errors.QueryCanceled(*error.args)
+    async with real_database.get_session() as session:
+        await session.fetch_value("SELECT 1")
+        [lease] = real_database.pool().leases
+        assert not lease.connection.is_timeout(error, TransactionOptions(timeout=30))
+        assert lease.connection.is_timeout(error, TransactionOptions(timeout=0.000001))
+
+
+async def test_a_lock_that_sqlite_does_not_wait_for_is_no_query_timeout(tmp_path: Path) -> None:
+    db = DatabaseInterface.from_dsn(
+        f"sqlite:///{tmp_path / 'db.sqlite3'}?transaction_mode=DEFERRED"
+    )
+    async with db:
+        async with db.get_session() as session:
+            await session.execute("CREATE TABLE t (n int)")
+        async with db.get_session(lock_timeout=30) as reader:
+            await reader.fetch_value("SELECT count(*) FROM t")
+            async with db.get_session() as writer:
+                await writer.execute("INSERT INTO t VALUES (1)")
+            with pytest.raises(OperationalError, match="database is locked") as caught:
+                await reader.execute("INSERT INTO t VALUES (2)")
+            assert not isinstance(caught.value, QueryTimeout)
+            await reader.rollback()

@@ -303,6 +303,8 @@ class BridgedMixin(_Wrapper):
     unsupported_options: ClassVar[tuple[str, ...]] = ("deferrable",)
     # One connection serves sync code and the bridge, by turns.
     both_modes: ClassVar[bool] = True
+    # Connections that a pool may have beside those of its sessions.
+    connections_beside: ClassVar[int] = 0
     # Transactions can share one snapshot of the data.
     exports_snapshots: ClassVar[bool] = False
     # Attributes that `scrub` leaves as they are: who uses the connection, and what `reset`, which

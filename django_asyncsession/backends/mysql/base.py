@@ -59,6 +59,8 @@ IGNORED = frozenset(
     | {"multi_statements", "binary_prefix", "auth_plugin", "ssl_disabled", "ssl_verify_identity"}
 )
 CONNECT_SECONDS = 10
+# What tells servers, and users on them, apart.
+PLACE = ("unix_socket", "host", "port", "user")
 # How long the reader of a stream may take between two chunks.
 STREAM_PAUSE_SECONDS = 3600
 
@@ -122,6 +124,8 @@ class Mixin(BridgedMixin, _Base):
     """What bridges Django's MySQL wrapper, or one that derives from it."""
 
     statement_rollback = True
+    # Statements are ended over it.
+    connections_beside = 1
     # What connects outside the bridge is the sync driver, which cannot await.
     both_modes = False
     connection: Any
@@ -139,7 +143,8 @@ class Mixin(BridgedMixin, _Base):
             await_(_connect(raw, seconds, init_sql))
         except errors.MySQLError as exc:
             raise driver.translated(exc) from exc
-        connection = driver.Connection(self, raw, init_sql, make)
+        key = (self.alias, *(conn_params.get(name) for name in PLACE))
+        connection = driver.Connection(self, raw, init_sql, driver.killer_for(key, make))
         connection.sets_more = connection._may_differ = bool(conn_params.get("init_command"))
         return connection
 

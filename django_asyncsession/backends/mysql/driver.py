@@ -13,9 +13,10 @@ import logging
 import os
 import socket
 import struct
+import sys
 import time
 import weakref
-from collections.abc import Callable, Collection, Coroutine, Generator, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import MySQLdb
@@ -62,6 +63,12 @@ INTERRUPTED = 1317
 SKIPS, STOP_SECONDS = 8, 5.0
 # Seconds between two looks at whether the server has ended a killed connection.
 LOOK_MIN, LOOK_MAX = 0.005, 0.1
+# Writes of a pool that commit by themselves before a connection is opened that could end them, and
+# seconds until the next attempt when the server had none left.
+FEW_WRITES, REFUSED_SECONDS = 4, 5.0
+# Such statements, which may be put in a transaction instead without meaning something else.
+WRITES = frozenset({"INSERT", "UPDATE", "DELETE", "REPLACE", "LOAD", "WITH"})
+OPEN_ENDED = "SET autocommit = 0"
 BEGIN = ("START TRANSACTION",)
 # The server tells when SQL sets the character set, among other things.
 SESSION_TRACK, STATE_CHANGED = 1 << 23, 0x4000
@@ -82,10 +89,11 @@ class Connection:
     connection is never used again.
     """
 
-    def __init__(self, wrapper: Mixin, raw: Any, init_sql: str, reopen: Callable[[], Any]) -> None:
+    def __init__(self, wrapper: Mixin, raw: Any, init_sql: str, killer: Killer) -> None:
         self.raw = raw
         self.init_sql = init_sql
-        self._reopen = reopen
+        self._killer = killer
+        killer.users.add(self)
         self._owner = weakref.ref(wrapper)
         self._autocommit = True
         self._streaming: weakref.ref[StreamingCursor] | None = None
@@ -303,17 +311,51 @@ class Connection:
         """
         self.finish_stream()
         several = several or self._several_wanted
-        before = self._sent_before(sql, several)
+        guards = self._autocommit and not self._killer.is_ready and self._must_guard(sql)
+        before = self._sent_before(sql, several, (OPEN_ENDED,) if guards else ())
         text = "; ".join([*before, ""]).encode() + sql
-        return self.run(self._results(text, len(before), several or bool(before)))
+        results = self._guarded if guards else self._results
+        return self.run(results(text, len(before), several or bool(before)))
 
-    def _sent_before(self, sql: bytes, several: bool) -> tuple[str, ...]:
+    def _must_guard(self, sql: bytes) -> bool:
+        """Whether the statement writes, commits by itself, and could not be ended on the server: no
+        connection to it is there for that, nor to be had."""
+        if sql[:6].upper() == b"SELECT" or self.in_transaction or not in_bridge():
+            return False
+        wrapper = self._owner()
+        if wrapper is None or wrapper.scanner.first_word(sql.decode("latin1")) not in WRITES:
+            return False
+        return not await_(self._killer.can_be_made_ready())
+
+    async def _guarded(self, sql: bytes, skip: int, several: bool) -> list[Any]:
+        """Run what follows OPEN_ENDED, and commit: what is cut in the middle is rolled back with
+        its connection."""
+        failure: errors.MySQLError | None = None
+        results: list[Any] = []
+        try:
+            results = await self._results(sql, skip, several)
+        except errors.MySQLError as exc:
+            if is_last_word(exc) or self.raw._stream_broken:
+                raise
+            failure = exc
+        changed = self.raw.server_status & STATE_CHANGED
+        # Commits; of a statement that failed nothing is left, as without a transaction.
+        await self.raw.query("SET autocommit = 1")
+        if not changed:
+            self.raw.server_status &= ~STATE_CHANGED
+        if failure is not None:
+            raise failure
+        return results
+
+    def _sent_before(
+        self, sql: bytes, several: bool, first: tuple[str, ...] = ()
+    ) -> tuple[str, ...]:
         """What goes in front of the statement in the same packet.
 
         The server takes a packet of several statements then, so that a statement that may be
         several itself goes alone: one without a semicolon is one.
         """
-        before = self._before(sql)
+        before = first + self._before(sql)
         if before and b";" in sql and not several:
             self.run(self._results("; ".join(before).encode(), 0, len(before) > 1))
             return ()
@@ -427,20 +469,16 @@ class Connection:
                 await self._results(b"DO 0", 0)
 
     async def _stop_query(self) -> bool:
-        """Let the server end the statement, over a connection of its own; whether it was told."""
+        """Let the server end the statement; whether it was told."""
         self._transport.pause_reading()
-        side = self._reopen()
         try:
             async with asyncio.timeout(STOP_SECONDS):
-                await side.connect()
-                await side.query(f"KILL QUERY {self.thread_id()}")
-                await side.ensure_closed()
+                await self._killer.end_statement(self.thread_id())
         except (errors.MySQLError, OSError, TimeoutError) as exc:
             # The rows are read over instead.
             logger.info("a query of a stream that was left could not be stopped: %s", exc)
             return False
         finally:
-            side.close()
             self._transport.resume_reading()
         return True
 
@@ -601,71 +639,165 @@ class Connection:
         if self.closed:
             return
         self.closed = True
-        transport = self._transport
-        try:
-            if self.dirty or transport.is_closing():
-                transport.abort()
-            else:
-                transport.write(struct.pack("<iB", 1, COM_QUIT))
+        wrapper = self._owner()
+        _say_goodbye(self._transport, self.dirty)
+        with contextlib.suppress(RuntimeError):
             self.raw.close()
-        except RuntimeError:
-            # The loop is closed. The server shall know all the same.
-            _shut_down(transport)
+        if wrapper is not None and wrapper.cut:
+            self._killer.sessions.add(self.thread_id())
+        self._killer.users.discard(self)
+        self._killer.close_if_unused()
 
     def farewell(self) -> Farewell:
         """What ends on the server what the abandoned connection left running there."""
-        wrapper = self._owner()
-        alias = "" if wrapper is None else wrapper.alias
-        return Farewell(killer_of(alias), self._reopen, self.thread_id())
+        return Farewell(self._killer, self.thread_id())
 
 
 class Killer:
-    """Ends the sessions of abandoned connections on the server, over one connection at a time
-    however many they are."""
+    """Ends statements on the server over one connection, beside those of a pool however many
+    statements there are.
 
-    def __init__(self) -> None:
-        self.lock = asyncio.Lock()
-        # By their ids on the server; those that are gone are taken out.
+    It is opened when needed. A pool with many writes that commit by themselves keeps it for as long
+    as it has a connection.
+
+    Args:
+        make: makes asyncmy's connection, not connected yet.
+    """
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self._make = make
+        self._loop = asyncio.get_running_loop()
+        self._lock = asyncio.Lock()
+        self._side: Any = None
+        self._writes, self._refused_until = 0, 0.0
+        # Ids on the server of those whose statements must end; those that are gone are taken out.
         self.sessions: set[int] = set()
+        self.users: weakref.WeakSet[Connection] = weakref.WeakSet()
 
-    async def end_all(self, side: Any) -> None:
-        """KILL QUERY for each session that runs something, until the server has dropped all."""
+    @property
+    def is_ready(self) -> bool:
+        """Whether the connection is there."""
+        return self._side is not None and not self._side._stream_broken
+
+    async def can_be_made_ready(self) -> bool:
+        """Open the connection for one more write, if there are enough of them to be worth it;
+        whether it is there."""
+        self._writes += 1
+        if self._writes <= FEW_WRITES or time.monotonic() < self._refused_until:
+            return False
         try:
-            await side.connect()
+            async with asyncio.timeout(STOP_SECONDS), self._lock:
+                await self._connected()
+        except (errors.MySQLError, OSError, TimeoutError) as exc:
+            self._refused_until = time.monotonic() + REFUSED_SECONDS
+            logger.info("no connection to end statements with: %s", exc)
+            return False
+        return True
+
+    async def end_statement(self, number: int) -> None:
+        """KILL QUERY for a session that is in use, and goes on."""
+        async with self._lock:
+            await self._query(f"KILL QUERY {number}")
+            await self._leave_if_unused()
+
+    async def end_sessions(self, number: int) -> None:
+        """KILL QUERY for each session that runs something, until the server has dropped all."""
+        async with self._lock:
+            # Who was first has ended the others' sessions too.
             pause = LOOK_MIN
-            while asked := set(self.sessions):
-                running = await _running(side, asked)
+            while number in self.sessions:
+                asked = set(self.sessions)
+                running = _running(await self._query(_ASK.format(", ".join(map(str, asked)))))
                 self.sessions -= asked - running.keys()
-                for number in (number for number, runs in running.items() if runs):
+                for other in (other for other, runs in running.items() if runs):
                     # The session may have ended in between.
                     with contextlib.suppress(errors.OperationalError):
-                        await side.query(f"KILL QUERY {number}")
+                        await self._query(f"KILL QUERY {other}")
                 if self.sessions:
                     await asyncio.sleep(pause)
                     pause = min(2 * pause, LOOK_MAX)
-            await side.ensure_closed()
-        finally:
-            side.close()
+            await self._leave_if_unused()
+
+    async def _query(self, sql: str) -> Any:
+        side = await self._connected()
+        try:
+            await side.query(sql)
+        except errors.MySQLError as exc:
+            if is_last_word(exc):
+                self.close()
+            raise
+        except BaseException:
+            # Its answer is still to come.
+            self.close()
+            raise
+        return side._result
+
+    async def _connected(self) -> Any:
+        if not self.is_ready:
+            self.close()
+            side = self._make()
+            try:
+                await side.connect()
+            except BaseException:
+                side.close()
+                raise
+            self._side = side
+        return self._side
+
+    @property
+    def _is_unused(self) -> bool:
+        return not self.sessions and (not self.users or self._writes <= FEW_WRITES)
+
+    async def _leave_if_unused(self) -> None:
+        """The same as `close_if_unused`, and wait until the server has room for another one."""
+        if self._is_unused and self.is_ready:
+            side = self._side
+            _say_goodbye(side._transport, waits=True)
+            while not side._stream_broken:
+                await asyncio.sleep(LOOK_MIN)
+            self.close()
+
+    def close_if_unused(self) -> None:
+        """Close the connection when there is nothing left that it could be for."""
+        if self._is_unused:
+            self.close()
+
+    def close(self) -> None:
+        """Close the connection without awaiting; in any thread, since collecting may do it."""
+        side, self._side = self._side, None
+        if side is None or side._transport is None:
+            return
+        if asyncio._get_running_loop() is self._loop or not self._loop.is_running():
+            _say_goodbye(side._transport)
+        else:
+            with contextlib.suppress(RuntimeError):  # closed meanwhile
+                self._loop.call_soon_threadsafe(_say_goodbye, side._transport)
+
+    def __del__(self) -> None:
+        if not sys.is_finalizing():
+            self.close()
 
 
-# By event loop and alias.
-_killers: weakref.WeakKeyDictionary[Any, dict[str, Killer]] = weakref.WeakKeyDictionary()
+# By event loop, and by what tells servers and users apart.
+_killers: weakref.WeakKeyDictionary[Any, weakref.WeakValueDictionary[Any, Killer]]
+_killers = weakref.WeakKeyDictionary()
 
 
-def killer_of(alias: str) -> Killer:
-    """The one of the running loop, for connections of an alias."""
-    loop = asyncio._get_running_loop()
-    if loop is None:
-        return Killer()
-    return _killers.setdefault(loop, {}).setdefault(alias, Killer())
+def killer_for(key: tuple[Any, ...], make: Callable[[], Any]) -> Killer:
+    """The one of the running loop, for connections to the same server."""
+    of_loop = _killers.setdefault(asyncio.get_running_loop(), weakref.WeakValueDictionary())
+    killer = of_loop.get(key)
+    if killer is None:
+        killer = of_loop[key] = Killer(make)
+    return killer
 
 
 class Farewell:
     """Waits until the server has dropped the session of an abandoned connection; can be awaited
     again when it was cancelled."""
 
-    def __init__(self, killer: Killer, reopen: Callable[[], Any], thread_id: int) -> None:
-        self._killer, self._reopen, self._thread_id = killer, reopen, thread_id
+    def __init__(self, killer: Killer, thread_id: int) -> None:
+        self._killer, self._thread_id = killer, thread_id
         killer.sessions.add(thread_id)
 
     @property
@@ -674,25 +806,32 @@ class Farewell:
         return self._thread_id in self._killer.sessions
 
     def __await__(self) -> Generator[Any, Any, None]:
-        return self._say().__await__()
-
-    async def _say(self) -> None:
-        async with self._killer.lock:
-            # Who was first has ended the others' sessions too.
-            if self.is_untold:
-                await self._killer.end_all(self._reopen())
+        return self._killer.end_sessions(self._thread_id).__await__()
 
     def __del__(self) -> None:
         self._killer.sessions.discard(self._thread_id)
+        self._killer.close_if_unused()
 
 
-async def _running(side: Any, sessions: Collection[int]) -> dict[int, bool]:
-    """Those of the sessions that are there, and whether each runs a statement."""
-    numbers = ", ".join(map(str, sessions))
-    await side.query(
-        f"SELECT id, command <> 'Sleep' FROM information_schema.processlist WHERE id IN ({numbers})"
-    )
-    return {int(number): bool(runs) for number, runs in side._result.rows}
+_ASK = "SELECT id, command <> 'Sleep' FROM information_schema.processlist WHERE id IN ({})"
+
+
+def _running(result: Any) -> dict[int, bool]:
+    """Those sessions that are there, and whether each runs a statement."""
+    return {int(number): bool(runs) for number, runs in result.rows}
+
+
+def _say_goodbye(transport: Any, is_dirty: bool = False, waits: bool = False) -> None:
+    try:
+        if is_dirty or transport.is_closing():
+            transport.abort()
+        else:
+            transport.write(struct.pack("<iB", 1, COM_QUIT))
+            if not waits:
+                transport.close()
+    except RuntimeError:
+        # The loop is closed. The server shall know all the same.
+        _shut_down(transport)
 
 
 def _shut_down(transport: Any) -> None:

@@ -69,11 +69,14 @@ HARMLESS = frozenset(
 # Attributes of a connection that are no business of a lease, or brought back in another way.
 NOT_OF_A_LEASE = frozenset(
     {"pgconn", "lock", "wrapper", "begin_sql", "began", "left_by_sql", "_opened", "_farewell"}
-    | {"_waits_in", "_ending", "_closed", "_prepared", "_notifies_backlog", "_adapters"}
+    | {"_waits_in", "_waits_since"}
+    | {"_ending", "_closed", "_prepared", "_notifies_backlog", "_adapters"}
     | {"_pipeline", "set_up", "clean", "resetting"}
 )
 # The transaction was idle, or took, for longer than it may; the second only in a later server.
 ENDED_WHILE_IDLE = frozenset({"25P03", "25P04"})
+# The server's clock and ours may differ by the rest while a timeout runs.
+TIMER_SHARE = 0.95
 # Seconds that libpq gets to deliver a cancel request; the pool's own deadline is what counts.
 CANCEL_TIMEOUT = 10.0
 
@@ -101,6 +104,7 @@ class Connection(psycopg.Connection[Any]):
         # The loop in which a call waits in the bridge; the connection was abandoned meanwhile, and
         # that call closes it.
         self._waits_in: asyncio.AbstractEventLoop | None = None
+        self._waits_since = 0.0
         self._ending = False
         self._opened: tuple[Attributes, AdaptersMap, int | None, int | None] | None = None
 
@@ -134,7 +138,7 @@ class Connection(psycopg.Connection[Any]):
             wrapper.check_served()
             if not wrapper.own_use and (name := getattr(gen, "__name__", "")) not in HARMLESS:
                 wrapper.note_unseen("COPY" if "copy" in name else "SQL with the driver")
-        self.clean = False
+        self.clean, self._waits_since = False, time.monotonic()
         if not isinstance(getcurrent(), Bridge):
             return super().wait(gen, interval=interval, timeout=timeout)
         fd, steps = self.pgconn.socket, [self._until_abandoned(gen)]
@@ -156,6 +160,10 @@ class Connection(psycopg.Connection[Any]):
             if self._waits_in is not None or self._ending:
                 self._note_end_of_wait()
             self._note_status()
+
+    def waited(self) -> float:
+        """Seconds since the last round trip began."""
+        return time.monotonic() - self._waits_since
 
     def _until_abandoned(self, gen: PQGen[RV]) -> PQGen[RV]:
         """`gen`, ended at the first step after `abandon`: in a tenth of a second at the latest."""
@@ -658,8 +666,9 @@ class Mixin(BridgedMixin, _Base):
         cause = error.__cause__
         if isinstance(cause, psycopg.errors.QueryCanceled):
             # The same error says that somebody called pg_cancel_backend, told apart by its text
-            # alone. In another language than English it is taken for what the session asked for.
+            # alone, and in another language than English by the time that it took.
             asked = options.timeout is not None and "user request" not in str(cause)
+            asked = asked and self.connection.waited() >= TIMER_SHARE * (options.timeout or 0.0)
             return asked or "statement timeout" in str(cause)
         # NOWAIT fails with the same error, but in another place of the server.
         return isinstance(cause, psycopg.errors.LockNotAvailable) and (
