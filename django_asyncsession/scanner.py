@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from functools import cache, lru_cache, wraps
+from functools import cache, cached_property, lru_cache, wraps
+from itertools import islice
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 T = TypeVar("T")
@@ -26,13 +27,18 @@ FIRST = r"A-Za-z_\x80-\U0010ffff"
 NUMBER = r"[0-9]++(?:\.[0-9]++)?+(?:[eE][+\-]?[0-9]++)?+"
 # What follows the signs that begin a comment, but for those that end it.
 IN_COMMENT = r"[^*]*+(?:\*(?!/)[^*]*+)*+"
-_COMMENT_SIGN = re.compile(r"/\*|\*/")
+# To the next signs that begin or end comments, over comments without others inside.
+_NO_SIGN = r"[^*/]++|\*(?!/)|/(?!\*)"
+_COMMENT_SIGNS = re.compile(
+    rf"(?:{_NO_SIGN}|/\*(?:{_NO_SIGN})*+\*/)*+(?:(?P<begin>(?:/\*)++)|(?P<end>(?:\*/)++))",
+    re.DOTALL,
+)
 _TOKEN = re.compile(r"[\w$]++|''|\"\"|\S")
 _WORD = re.compile(r"[\w$]++")
 _SPACES = re.compile(rf"{SPACE}++")
 _LITERAL = re.compile(rf"(?<![0-9$.{FIRST}])(?:0[xX][0-9A-Fa-f]++|{NUMBER})(?![0-9{FIRST}])")
 # How statements begin that may have semicolons of their own.
-_MAY_HOLD_MORE = re.compile(r"create|begin|explain|/\*", re.IGNORECASE)
+_MAY_HOLD_MORE = re.compile(r"(?i:create|begin|explain)|/\*")
 _REPLACED = {"nothing": " ", "marker": " ", "string": "''", "name": '""'}
 
 
@@ -64,6 +70,7 @@ class Scanner:
         space: str = SPACE,
     ) -> None:
         self._nothing = _compile(rf"(?:{space}++|{comment}|;)*+")
+        self._parts = f"{plain}|{space}++", string, name, comment, space
         self._patterns = []
         for signs in (plain, plain_inside or plain):
             code = rf"{signs}|{space}++"
@@ -78,9 +85,27 @@ class Scanner:
                 )
             )
 
-    def pieces(self, text: str, position: int = 0) -> Iterator[Piece]:
+    @cached_property
+    def _simple(self) -> re.Pattern[str]:
+        """One statement, or the rest of the text when something comes that is not so simple."""
+        code, string, name, comment, _ = self._parts
+        return _compile(
+            rf"{self._nothing.pattern}((?!{_MAY_HOLD_MORE.pattern})"
+            rf"(?:{code}|{string}|{name}|{comment})++)(?=;|\Z)|.++"
+        )
+
+    @cached_property
+    def _kinds(self) -> re.Pattern[str]:
+        """What `bare` keeps or replaces, or the rest of the text as above."""
+        code, string, name, comment, space = self._parts
+        return _compile(
+            rf"(?P<kept>(?:{code}|;)++)|(?P<string>(?:{string})++)|(?P<name>(?:{name})++)"
+            rf"|(?P<nothing>(?:{comment})(?:{comment}|{space})*+)|(?P<rest>.++)"
+        )
+
+    def pieces(self, text: str, position: int = 0, inside: bool = False) -> Iterator[Piece]:
         """What the text consists of from `position` on."""
-        inside, length = False, len(text)
+        length = len(text)
         match = self._patterns[inside][1].match
         while position < length:
             found = match(text, position)
@@ -99,10 +124,17 @@ class Scanner:
 
     def statements(self, text: str) -> Iterator[tuple[int, int]]:
         """Begin and end of each statement, without those that are only comments."""
-        found = self.next_statement(text)
+        found: tuple[int, int] | None = (0, 0)
         while found is not None:
-            yield found
-            found = self.next_statement(text, found[1])
+            position = found[1]
+            for simple in self._simple.finditer(text, position):
+                if simple.lastindex != 1:
+                    break
+                position = simple.end()
+                yield simple.span(1)
+            found = self.next_statement(text, position)
+            if found is not None:
+                yield found
 
     def next_statement(self, text: str, position: int = 0) -> tuple[int, int] | None:
         """Begin and end of the next statement from `position` on."""
@@ -115,13 +147,48 @@ class Scanner:
 
     def bare(self, text: str) -> str:
         """The text with a space for each comment, '' for strings and "" for quoted names."""
-        return "".join(
-            _REPLACED.get(kind) or text[begin:end] for kind, begin, end, _ in self.pieces(text)
-        )
+        parts: list[str] = []
+        position = 0
+        while position < len(text):
+            for found in self._kinds.finditer(text, position):
+                kind = found.lastgroup or ""
+                if kind == "rest":
+                    position = found.start()
+                    break
+                parts.append(found[0] if kind == "kept" else _REPLACED[kind])
+            else:
+                break
+            position = self._bare_of_odd(text, position, parts)
+        return "".join(parts)
+
+    def _bare_of_odd(self, text: str, position: int, parts: list[str]) -> int:
+        """The same for what is not of the usual kinds, to its end, which is returned."""
+        kind, begin, position, inside = self._odd(text, position, False)
+        parts.append(_REPLACED.get(kind) or text[begin:position])
+        if inside:
+            for kind, begin, end, goes_on in self.pieces(text, position, inside):
+                parts.append(_REPLACED.get(kind) or text[begin:end])
+                position = end
+                if not goes_on:
+                    break
+        return position
 
     def words(self, text: str) -> list[str]:
         """The words, numbers and signs of the text in upper case; '' and "" for those in quotes."""
         return _TOKEN.findall(self.bare(text).upper())
+
+    def opening(self, text: str, count: int) -> list[str]:
+        """The first of the words, so many at the most."""
+        found: list[str] = []
+        for kind, begin, end, _ in self.pieces(text):
+            if kind in ("code", "end"):
+                tokens = islice(_TOKEN.finditer(text, begin, end), count)
+                found += [token[0].upper() for token in tokens]
+            elif kind in ("string", "name"):
+                found.append(_REPLACED[kind])
+            if len(found) >= count:
+                break
+        return found[:count]
 
     def first_word(self, text: str) -> str:
         """The first word in upper case, behind parentheses too; empty when something else comes
@@ -212,7 +279,7 @@ _LINE = r"--[^\n\r]*+"
 # A string of one part goes on behind a new line.
 _GOES_ON = rf"'(?:[ \t\f\v]|{_LINE})*+[\n\r](?:{SPACE}|{_LINE}[\n\r])*+'"
 _ESCAPED = rf"'(?:[^'\\]++|\\.|''|{_GOES_ON})*+'"
-_TAG = rf"(?:[{FIRST}][0-9{FIRST}]*+)?"
+_TAG = rf"(?:[{FIRST}][0-9{FIRST}]*+)?+"
 _DOLLAR = re.compile(rf"\${_TAG}\$")
 
 
@@ -225,13 +292,14 @@ class PostgreSQLScanner(Scanner):
     """PostgreSQL, with or without `standard_conforming_strings`."""
 
     def __init__(self, standard_strings: bool = True) -> None:
-        string = rf"[eE]{_ESCAPED}|\$\$[^$]*+(?:\$(?!\$)[^$]*+)*+\$\$"
+        # A dollar quote without an end takes all the text, so that no end is looked for twice.
+        string = rf"[eE]{_ESCAPED}|\$(?P<tag>{_TAG})\$.*?\$(?P=tag)\$"
         string += r"|'[^']*+'" if standard_strings else rf"|{_ESCAPED}|[bBxX]'[^']*+'"
         prefixes = "eE" if standard_strings else "eEbBxX"
         super().__init__(
             string=string,
             name=r'"[^"]*+"',
-            comment=rf"{_LINE}|{_nested(2)}",
+            comment=rf"{_LINE}|{_nested(4)}",
             plain=rf"(?![{prefixes}]')[{FIRST}][0-9${FIRST}]*+|{NUMBER}|\$[0-9]++|-(?!-)|/(?!\*)"
             rf"""|\$(?!{_TAG}\$)|[^{FIRST}0-9'"$;/\- \t\n\r\f\v]++""",
         )
@@ -239,10 +307,7 @@ class PostgreSQLScanner(Scanner):
     def _odd(self, text: str, position: int, inside: bool) -> Piece:
         if text.startswith("/*", position):
             return "nothing", position, _end_of_nested(text, position), False
-        if tag := _DOLLAR.match(text, position):
-            end = text.find(tag[0], tag.end())
-            return "string", position, len(text) if end < 0 else end + len(tag[0]), False
-        if text[position] in "eEbBxX":
+        if text[position] in "eEbBxX" or _DOLLAR.match(text, position):
             return "string", position, len(text), False
         return super()._odd(text, position, inside)
 
@@ -272,15 +337,28 @@ class PostgreSQLScanner(Scanner):
 
 def _end_of_nested(text: str, position: int, levels: int | None = None) -> int:
     """The end of a comment that may hold others, down to so many levels."""
-    depth = 0
-    for sign in _COMMENT_SIGN.finditer(text, position):
-        if sign[0] == "*/":
-            depth -= 1
-            if depth == 0:
-                return sign.end()
-        elif depth != levels:
-            depth += 1
-    return len(text)
+    depth, position = 1, position + 2
+    while depth:
+        if depth == levels:
+            # What looks like the begin of another one is none: `/*/` ends it.
+            end = text.find("*/", position)
+            if end < 0:
+                return len(text)
+            depth, position = depth - 1, end + 2
+            continue
+        signs = _COMMENT_SIGNS.match(text, position)
+        if signs is None:
+            return len(text)
+        position, kind = signs.end(), signs.lastgroup or ""
+        count = (position - signs.start(kind)) // 2
+        if kind == "end":
+            position -= 2 * max(count - depth, 0)
+            depth = max(depth - count, 0)
+        else:
+            too_many = 0 if levels is None else max(depth + count - levels, 0)
+            position -= 2 * too_many
+            depth += count - too_many
+    return position
 
 
 # MySQL and MariaDB

@@ -39,7 +39,7 @@ TRANSACTION_CONTROL = frozenset(
 ) | {"XA"}
 # A cursor on the server takes these, unless one of the words below makes them write.
 QUERIES = frozenset({"SELECT", "TABLE", "VALUES", "WITH"})
-QUERY_WRITES = frozenset({"DELETE", "INSERT", "INTO", "MERGE", "UPDATE"})
+QUERY_WRITES = re.compile(r"(?<![\w$])(?:delete|insert|into|merge|update)(?![\w$])", re.IGNORECASE)
 
 
 @cached_by_text
@@ -114,7 +114,7 @@ def check_one_statement(sql: Any, vendor: str) -> None:
 
 def controls_transaction(sql: str, reader: Scanner) -> str | None:
     """The word with which this statement would begin or end a transaction, or None."""
-    found = reader.words(sql)[:4]
+    found = reader.opening(sql, 4)
     if not found:
         return None
     if found[0] in TRANSACTION_CONTROL:
@@ -128,9 +128,10 @@ def controls_transaction(sql: str, reader: Scanner) -> str | None:
 
 def is_query(sql: str, reader: Scanner) -> bool:
     """Whether the statement only reads, so that a cursor on the server can run it."""
-    found = reader.words(sql)
-    opening = next((word for word in found if word != "("), "")
-    return opening in QUERIES and not QUERY_WRITES.intersection(found)
+    if reader.first_word(sql) not in QUERIES:
+        return False
+    # Most have no such word, wherever.
+    return QUERY_WRITES.search(sql) is None or QUERY_WRITES.search(reader.bare(sql)) is None
 
 
 def check_savepoint_name(name: str) -> None:
