@@ -123,6 +123,10 @@ class Lease(Generic[C]):
     # It is for the session that a test has as its own, which is ended with the test.
     lends = False
     released = True
+    # While somebody wants to know: called, they give the task that took it, and the one that made
+    # the session, which may have others work for it. Neither is kept alive.
+    holder: Callable[[], asyncio.Task[Any] | None] | None = None
+    maker: Callable[[], asyncio.Task[Any] | None] | None = None
 
     def __init__(self, pool: Pool[C], entry: _Entry[C]) -> None:
         self._pool, self._entry = pool, entry
@@ -133,8 +137,8 @@ class Lease(Generic[C]):
         self.site: Site = creation_site()
         self.made_at: Site | str = self.site
         self.task = task_name()
-        # Called, it gives the task, which this does not keep alive.
-        self.holder = task_reference() if pool.notes_holders else None
+        if pool.notes_holders:
+            self.holder = task_reference()
         pool._leases.add(self)
         self.released = False
 

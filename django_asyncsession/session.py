@@ -32,7 +32,8 @@ from . import (
 )
 from .backends.base import TransactionOptions
 from .exceptions import SessionStateError
-from .origins import Site, creation_site, made
+from .observe.statements import Watch
+from .origins import Site, creation_site, made, task_reference
 from .queries import DeleteQuery, InsertQuery, Related, SelectQuery, UpdateQuery
 from .results import BaseResultSet, Reader, Row
 from .statements import check_one_statement
@@ -128,6 +129,8 @@ class Session:
         self._state = State.NEW
         # Where it was made, or what for, in words for messages.
         self.site = creation_site() if site is None else site
+        # Called, the task that made it, while somebody wants to know.
+        self.maker = task_reference() if Watch.is_on else None
         # What its sync code has put into thread-locals; None when there are none to swap.
         self.contents = threadlocals.new()
         self._entered = False

@@ -343,6 +343,29 @@ async def test_the_line_that_waits_is_named_wherever_it_is(
     assert "last statement: SELECT" in said
 
 
+async def test_a_session_that_a_child_task_used_names_the_task_that_made_it(
+    real_database: DatabaseInterface, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The child has ended, as those of gather() and wait_for() have, and the session has not."""
+    released = asyncio.Event()
+    await real_database.close()
+
+    async def holds() -> None:
+        async with real_database.get_session() as session:
+            await asyncio.gather(session.fetch_value("SELECT 1"))
+            await released.wait()
+
+    with override_settings(ASYNC_SESSION={"LEAK_WARNING_SECONDS": 1.0}):
+        task = asyncio.create_task(holds())
+        (said,) = await leak_of(real_database, caplog)
+        released.set()
+        await task
+        await real_database.close()
+    assert re.search(
+        r", which has ended; the task that made it waits at .* in holds > .* in wait; last", said
+    )
+
+
 @background_session
 async def in_the_background(session: Session, released: asyncio.Event) -> None:
     await session.fetch_value("SELECT 1")

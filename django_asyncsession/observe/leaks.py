@@ -9,7 +9,7 @@ import inspect
 import logging
 import time
 import weakref
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -52,8 +52,9 @@ def _look(
 def _log(alias: str, lease: Lease[Any], seconds: float) -> None:
     sql = getattr(lease.connection, "last_statement", None)
     text = "none" if sql is None else shown(lease.connection, sql)
-    task = None if lease.holder is None else lease.holder()
-    stack = [] if task is None else list(suspended_at(task, lease.connection))
+    where = _where(lease.holder, lease.connection)
+    if where == ENDED and (waits := _where(lease.maker, lease.connection)) != ENDED:
+        where += f"; the task that made it {waits}"
     logger.warning(
         "a session of %r %s holds its connection for %.1f s, in task %r, which %s; last "
         "statement: %s",
@@ -61,10 +62,20 @@ def _log(alias: str, lease: Lease[Any], seconds: float) -> None:
         made(lease.made_at),
         seconds,
         lease.task,
-        f"waits at {' > '.join(stack)}" if stack else "has ended",
+        where,
         text,
         extra={"alias": alias, "seconds": seconds, "sql": text, "site": str(lease.made_at)},
     )
+
+
+ENDED = "has ended"
+
+
+def _where(reference: Callable[[], asyncio.Task[Any] | None] | None, wrapper: Any) -> str:
+    """Where a task waits, in words."""
+    task = None if reference is None else reference()
+    stack = [] if task is None else list(suspended_at(task, wrapper))
+    return f"waits at {' > '.join(stack)}" if stack else ENDED
 
 
 def suspended_at(task: asyncio.Task[Any], wrapper: Any = None) -> Iterator[str]:

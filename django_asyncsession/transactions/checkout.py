@@ -275,6 +275,8 @@ class Checkout:
         lease = await self._database.acquire()
         lease.connection.lease = lease.token
         lease.made_at = self._site
+        if lease.holder is not None:
+            lease.maker = getattr(self.session(), "maker", None)
         self._lease = lease
         return lease
 
