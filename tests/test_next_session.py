@@ -13,12 +13,14 @@ from typing import Any
 
 import pytest
 from django.db import IntegrityError, connections
+from django.db.backends.postgresql.base import DatabaseWrapper as PostgreSQL
 from django.db.backends.signals import connection_created
 from django.db.transaction import TransactionManagementError
 from django.db.utils import ConnectionHandler
 
 from django_asyncsession import DatabaseInterface, Session
-from tests.postgres import dsn_of_tests
+from django_asyncsession.backends.postgresql.base import RESET
+from tests.postgres import ask, dsn_of_tests
 
 TENANT = "customer A"
 Way = Callable[[Session], Awaitable[Any]]
@@ -177,6 +179,141 @@ SELECT coalesce(current_setting('app.tenant', true), ''), current_setting('searc
 """
 
 
+async def test_connections_of_libpq_are_reset_too(leaky_postgresql: None) -> None:
+    """What is sent with the driver's lowest calls alone, in a session without any statement."""
+    db = DatabaseInterface.from_dsn(dsn_of_tests(pool_max_size=1), alias="own")
+    said: list[str] = []
+
+    def send() -> None:
+        server = connections["own"].connection.pgconn
+        server.exec_(b"SELECT set_config('app.tenant', 'A', false)")
+        server.notice_handler = server.notify_handler = lambda *args: said.append("heard")
+
+    async with db:
+        for autocommit in (True, False):
+            async with db.get_session(autocommit=autocommit) as session:
+                await session.run_sync(send)
+            async with db.get_session() as session:
+                assert not await session.fetch_value("SELECT current_setting('app.tenant', true)")
+                await session.execute("DO $$ BEGIN RAISE WARNING 'of another tenant'; END $$")
+        assert db.stats()["connections_num"] == 1
+    assert not said
+
+
+@pytest.mark.parametrize(
+    "reading",
+    [
+        "SELECT 1",
+        "SET standard_conforming_strings = off",
+        "SELECT set_config('standard_conforming_strings', 'off', false)",
+        "SET client_encoding = 'LATIN1'",
+        "SET client_encoding = 'SQL_ASCII'",
+    ],
+)
+@MODES
+async def test_what_connecting_has_set_is_there_however_the_lease_let_the_server_read(
+    leaky_postgresql: None, reading: str, mode: str
+) -> None:
+    """Also behind a comment, a semicolon, and with letters and backslashes of all kinds."""
+
+    def receive(connection: Any, **kwargs: Any) -> None:
+        if connection.alias == "own":
+            with connection.cursor() as cursor:
+                cursor.execute("SET app.one = 'one' -- the first")
+                cursor.execute(r"SET app.path = 'C:\new\'; /* ; */")
+                cursor.execute("SET app.city = '\u6771\u4eac'; SET app.last = %s", ["'; \\"])
+
+    names = ("one", "path", "city", "last")
+    probe = "SELECT " + ", ".join(f"current_setting('app.{name}')" for name in names)
+    connection_created.connect(receive)
+    try:
+        db = DatabaseInterface.from_dsn(dsn_of_tests(pool_max_size=1), alias="own")
+        async with db:
+            before, after = await carried(db, sql(reading), probe, mode)
+    finally:
+        connection_created.disconnect(receive)
+    assert before == after == [["one", "C:\\new\\", "\u6771\u4eac", "'; \\"]]
+
+
+@pytest.mark.parametrize("autocommit", [False, True], ids=["transaction", "autocommit"])
+async def test_statements_of_the_driver_that_a_function_has_dropped_are_prepared_anew(
+    leaky_postgresql: None, autocommit: bool
+) -> None:
+    db = DatabaseInterface.from_dsn(dsn_of_tests(pool_max_size=1), alias="own")
+    db._own_settings["OPTIONS"].update(prepare_threshold=0, server_side_binding=True)  # type: ignore[index]
+    async with db:
+        for statement in ("SELECT 1", "DO $$ BEGIN EXECUTE 'DEALLOCATE ALL'; END $$", "SELECT 1"):
+            async with db.get_session(autocommit=autocommit) as session:
+                await session.fetch_value("SELECT 1 + %s", [1])
+                await session.execute(statement)
+        assert db.stats()["connections_num"] == 1
+
+
+async def test_what_a_receiver_prepares_stays(leaky_postgresql: None) -> None:
+    def receive(connection: Any, **kwargs: Any) -> None:
+        if connection.alias == "own":
+            with connection.cursor() as cursor:
+                cursor.execute("PREPARE answer AS SELECT 42")
+
+    db = DatabaseInterface.from_dsn(dsn_of_tests(pool_max_size=1), alias="own")
+    db._own_settings["OPTIONS"].update(prepare_threshold=0, server_side_binding=True)  # type: ignore[index]
+    connection_created.connect(receive)
+    try:
+        async with db:
+            for _ in range(3):
+                async with db.get_session() as session:
+                    assert await session.fetch_value("SELECT 1 + %s", [1]) == 2
+                    assert await session.fetch_value("EXECUTE answer") == 42
+            assert db.stats()["connections_num"] == 1
+    finally:
+        connection_created.disconnect(receive)
+
+
+async def test_values_bound_by_the_server_are_in_no_text_of_a_reset(
+    leaky_postgresql: None,
+) -> None:
+    def receive(connection: Any, **kwargs: Any) -> None:
+        if connection.alias == "own":
+            with connection.cursor() as cursor:
+                cursor.execute("SELECT set_config('app.key', %s, false)", ["s3cret"])
+
+    db = DatabaseInterface.from_dsn(dsn_of_tests(pool_max_size=1), alias="own")
+    db._own_settings["OPTIONS"].update(server_side_binding=True)  # type: ignore[index]
+    connection_created.connect(receive)
+    try:
+        async with db:
+            for _ in range(3):
+                async with db.get_session() as session:
+                    pid = await session.fetch_value("SELECT pg_backend_pid()")
+                    assert await session.fetch_value("SHOW app.key") == "s3cret"
+                [[last]] = ask("SELECT query FROM pg_stat_activity WHERE pid = %s", pid)
+                assert "s3cret" not in last
+            assert db.stats()["connections_num"] == 1
+    finally:
+        connection_created.disconnect(receive)
+
+
+async def test_an_engine_says_which_reset_its_server_has(
+    leaky_postgresql: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of one that has not all of PostgreSQL's statements the log says which, and the remedy."""
+    kept = [statement for statement in RESET if "SEQUENCES" not in statement]
+    for statements, connections_num in (([*kept, "DISCARD NOTHING"], 2), (kept, 1)):
+        monkeypatch.setattr(PostgreSQL, "reset_statements", tuple(statements), raising=False)
+        caplog.clear()
+        db = DatabaseInterface.from_dsn(dsn_of_tests(pool_max_size=1), alias="own")
+        async with db:
+            for _ in range(2):
+                async with db.get_session() as session:
+                    await session.execute("SELECT leaky.keeps(1)")
+            async with db.get_session() as session:
+                assert await session.fetch_value("SHOW search_path") != "pg_catalog"
+            said = caplog.text
+            assert ("set reset_statements of the engine" in said) == (connections_num > 1)
+            assert ('"NOTHING"' in said) == (connections_num > 1)
+            assert (db.stats()["connections_num"] > 1) == (connections_num > 1)
+
+
 def _copy(connection: Any) -> None:
     with connection.cursor() as cursor, cursor.copy("COPY leaky.triggers FROM STDIN") as copy:
         copy.write_row([1])
@@ -303,7 +440,7 @@ async def test_callbacks_of_the_commit_still_find_what_the_transaction_has_set(
 
 MY_SET = (
     f"SET @tenant = '{TENANT}'; SET SESSION sql_mode = 'ANSI'; "
-    "SET @got = GET_LOCK('at_s_tenant', 0)"
+    "SET @got = GET_LOCK(CONCAT(DATABASE(), '.tenant'), 0)"
 )
 MY_SCHEMA = [
     "CREATE TABLE leaky_plain (n int) ENGINE=InnoDB",
@@ -340,8 +477,9 @@ MY_WAYS: dict[str, Way] = {
     **drivers_ways(f"SET @tenant = '{TENANT}', SESSION sql_mode = 'ANSI'"),
 }
 MY_PROBE = (
-    "SELECT @tenant, @@sql_mode, IS_USED_LOCK('at_s_tenant'), CURRENT_ROLE(), DATABASE(), "
-    "@@tx_isolation, @@sql_auto_is_null, @@character_set_client, LAST_INSERT_ID(), CONNECTION_ID()"
+    "SELECT @tenant, @@sql_mode, IS_USED_LOCK(CONCAT(DATABASE(), '.tenant')), CURRENT_ROLE(), "
+    "DATABASE(), @@tx_isolation, @@sql_auto_is_null, @@character_set_client, LAST_INSERT_ID(), "
+    "CONNECTION_ID()"
 )
 
 

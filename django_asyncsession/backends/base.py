@@ -382,8 +382,10 @@ class BridgedMixin(_Wrapper):
     def note_set_up(self, sql: Any, params: Any) -> None:
         """Keep a statement that sets something while connecting, to be sent again with each
         reset."""
-        if sets_something(text := self.compose(sql, params)):
-            self.set_up.append(text)
+        # Each in a line of its own: one may end in a comment.
+        for text in self.split(self.compose(sql, params)):
+            if sets_something(text):
+                self.set_up.append(text.rstrip("; \t\r\n"))
 
     def compose(self, sql: Any, params: Any) -> str:
         """The statement with its parameters in it."""
@@ -743,7 +745,11 @@ class BridgedMixin(_Wrapper):
         if not self.pooled:
             super().close_if_unusable_or_obsolete()
 
-    # The end of a lease
+    # The begin and the end of a lease
+
+    def begin_lease(self, lease: object) -> None:
+        """From now on the connection is a session's, which may do anything with the driver."""
+        self.lease = lease
 
     def end_streams(self) -> None:
         """Let go of the rows that streaming cursors have not read, when the session's transaction

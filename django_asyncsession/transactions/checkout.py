@@ -273,7 +273,7 @@ class Checkout:
 
     async def _take(self) -> Lease[BridgedMixin]:
         lease = await self._database.acquire()
-        lease.connection.lease = lease.token
+        lease.connection.begin_lease(lease.token)
         lease.made_at = self._site
         if lease.holder is not None:
             lease.maker = getattr(self.session(), "maker", None)

@@ -333,13 +333,18 @@ class Mixin(BridgedMixin, _Base):
         elif ENDS_TRANSACTION.match(text):
             self.connection.left_by_sql = True
 
-    # The end of a lease
+    # The begin and the end of a lease
+
+    def begin_lease(self, lease: object) -> None:
+        super().begin_lease(lease)
+        if self.pooled:
+            self.connection.clean = False
 
     def end_streams(self) -> None:
         self.connection.end_stream()
 
     def connected(self) -> None:
-        self.connection.set_up = "".join(f"; {text}" for text in [self._role(), *self.set_up])
+        self.connection.set_up = "".join(f"\n; {text}" for text in [self._role(), *self.set_up])
         self.connection.clean = True
 
     def _role(self) -> str:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
+import logging
 import os
 import select
 import socket
@@ -28,7 +29,12 @@ from psycopg.conninfo import conninfo_attempts_async, conninfo_to_dict, timeout_
 from psycopg.waiting import WAIT_R
 
 from django_asyncsession.backends.attributes import Attributes
-from django_asyncsession.backends.base import BridgedMixin, TransactionOptions, TransactionState
+from django_asyncsession.backends.base import (
+    BridgedMixin,
+    TransactionOptions,
+    TransactionState,
+    sets_something,
+)
 from django_asyncsession.backends.sockets import has_hung_up, is_quiet
 from django_asyncsession.bridge import Bridge, await_, in_bridge
 from django_asyncsession.exceptions import ConfigurationError
@@ -40,6 +46,7 @@ else:
     _Base = object
 
 RV = TypeVar("RV")
+logger = logging.getLogger("django_asyncsession")
 STANDARD_STRINGS, OLD_STRINGS = PostgreSQLScanner(), PostgreSQLScanner(standard_strings=False)
 COPYING = (pq.ExecStatus.COPY_IN, pq.ExecStatus.COPY_OUT, pq.ExecStatus.COPY_BOTH)
 IDLE, ACTIVE = pq.TransactionStatus.IDLE, pq.TransactionStatus.ACTIVE
@@ -47,12 +54,22 @@ DONE = (pq.ExecStatus.COMMAND_OK, pq.ExecStatus.TUPLES_OK)
 
 # What DISCARD ALL does, in statements that may travel together with the end of a transaction.
 RESET = (
-    "CLOSE ALL; SET SESSION AUTHORIZATION DEFAULT; RESET ROLE; RESET ALL; UNLISTEN *; "
-    "SELECT pg_catalog.pg_advisory_unlock_all(); DISCARD SEQUENCES; DISCARD TEMP"
+    "CLOSE ALL",
+    "SET SESSION AUTHORIZATION DEFAULT",
+    "RESET ROLE",
+    "RESET ALL",
+    "UNLISTEN *",
+    "SELECT pg_catalog.pg_advisory_unlock_all()",
+    "DISCARD SEQUENCES",
+    "DISCARD TEMP",
 )
 FORGET_PREPARED = "DEALLOCATE ALL"
-# What PREPARE made; those of the protocol are the driver's own, and may stay.
-FIND_PREPARED = "SELECT name FROM pg_catalog.pg_prepared_statements WHERE from_sql"
+# A row if PREPARE made some, or if the driver's own, which may stay, are not all there.
+FIND_PREPARED = (
+    "SELECT FROM pg_catalog.pg_prepared_statements HAVING count(*) <> {} OR bool_or(from_sql)"
+)
+# What decides how the server reads a text.
+READS_BY = (b"client_encoding", b"standard_conforming_strings")
 ENDS = (b"COMMIT", b"ROLLBACK")
 STATES = {
     pq.TransactionStatus.IDLE: TransactionState.IDLE,
@@ -69,9 +86,9 @@ HARMLESS = frozenset(
 # Attributes of a connection that are no business of a lease, or brought back in another way.
 NOT_OF_A_LEASE = frozenset(
     {"pgconn", "lock", "wrapper", "begin_sql", "began", "left_by_sql", "_opened", "_farewell"}
-    | {"_waits_in", "_waits_since"}
-    | {"_ending", "_closed", "_prepared", "_notifies_backlog", "_adapters"}
-    | {"_pipeline", "set_up", "clean", "resetting"}
+    | {"_waits_in", "_waits_since", "_ending", "_closed", "_prepared", "_notifies_backlog"}
+    | {"_adapters", "_pipeline", "reset_statements", "set_up", "prepares_again", "clean"}
+    | {"resetting", "reset_error", "reset_works"}
 )
 # The transaction was idle, or took, for longer than it may; the second only in a later server.
 ENDED_WHILE_IDLE = frozenset({"25P03", "25P04"})
@@ -96,7 +113,12 @@ class Connection(psycopg.Connection[Any]):
         # A transaction was seen on the server; it was ended by SQL that is not ours.
         self.began = self.left_by_sql = False
         # What brings back, after RESET, what connecting has set.
-        self.set_up = ""
+        self.reset_statements, self.set_up = RESET, ""
+        # PREPARE is among it.
+        self.prepares_again = False
+        # What the server said to the last reset, if it did not do all of it. Only one that it has
+        # done once goes along with COMMIT: what it cannot read, it would refuse with it.
+        self.reset_error, self.reset_works = "", False
         # Nothing was sent since the last reset. The answer to a reset was not read yet.
         self.clean = True
         self.resetting = False
@@ -106,7 +128,7 @@ class Connection(psycopg.Connection[Any]):
         self._waits_in: asyncio.AbstractEventLoop | None = None
         self._waits_since = 0.0
         self._ending = False
-        self._opened: tuple[Attributes, AdaptersMap, int | None, int | None] | None = None
+        self._opened: tuple[Any, ...] | None = None
 
     @classmethod
     def connect(cls, conninfo: str = "", **kwargs: Any) -> Connection:
@@ -205,14 +227,20 @@ class Connection(psycopg.Connection[Any]):
         """Remember the attributes, and what values are converted with: every lease begins so."""
         template = AdaptersMap(self.adapters)
         attributes = Attributes(self, NOT_OF_A_LEASE)
-        self._opened = attributes, template, self.prepare_threshold, self.prepared_max
+        prepares = self.prepare_threshold, self.prepared_max
+        handlers = self.pgconn.notice_handler, self.pgconn.notify_handler
+        self._opened = attributes, template, prepares, handlers, self._reads_as
 
     def restore(self) -> None:
         """Bring back what `note_opened` remembered."""
         if self._opened is None:
             return
-        attributes, template, self.prepare_threshold, self.prepared_max = self._opened
+        attributes, template, prepares, handlers, _ = self._opened
+        self.prepare_threshold, self.prepared_max = prepares
         attributes.restore(self)
+        server: Any = self.pgconn
+        server.notice_handler, server.notify_handler = handlers
+        server.untrace()
         if self._adapters is None or not _are_same(self._adapters, template):
             self._adapters = AdaptersMap(template)
 
@@ -252,7 +280,9 @@ class Connection(psycopg.Connection[Any]):
 
     def _exec_command(self, command: Any, result_format: pq.Format = pq.Format.TEXT) -> Any:
         wrapper = None if self.wrapper is None else self.wrapper()
-        if wrapper is None or not wrapper.ends_lease or command not in ENDS or self._pipeline:
+        together = wrapper is not None and wrapper.ends_lease and command in ENDS
+        together = together and self.reset_works and self.is_read_as_opened
+        if not together or self._pipeline:
             return (yield from super()._exec_command(command, result_format))
         return (yield from self._end_and_reset(command))
 
@@ -286,9 +316,21 @@ class Connection(psycopg.Connection[Any]):
         Raises:
             OperationalError: it could not be done.
         """
+        if not self.is_read_as_opened:
+            # Else the server would read what connecting has set as something else.
+            self.wait(self._send_before(b"RESET ALL"))
         self.send_reset()
         if not self.wait(self._read_reset()):
-            raise psycopg.OperationalError("the server did not do all of the reset")
+            raise psycopg.OperationalError(self.reset_error)
+
+    @property
+    def is_read_as_opened(self) -> bool:
+        """Whether the server reads a text as it did after connecting, as far as it has said."""
+        return self._opened is None or self._reads_as == self._opened[-1]
+
+    @property
+    def _reads_as(self) -> tuple[Any, ...]:
+        return tuple(map(self.pgconn.parameter_status, READS_BY))
 
     def settle(self) -> PQGen[bool] | None:
         """What reads the answer to `send_reset`, and tells whether all of it was done; None when
@@ -317,8 +359,12 @@ class Connection(psycopg.Connection[Any]):
         while server.notifies():
             """They came for the last lease."""
         self.resetting = False
-        self.clean = bool(results) and all(result.status in DONE for result in results)
-        if self.clean and results[RESET.count(";") + 1].ntuples:
+        failed = [result for result in results if result.status not in DONE]
+        self.clean = bool(results) and not failed
+        self.reset_works = self.reset_works or self.clean
+        if failed:
+            self.reset_error = failed[0].get_error_message(server._encoding)
+        if self.clean and results[len(self.reset_statements)].ntuples:
             # Those of PREPARE can only go together with those of the driver.
             self._prepared._names.clear()
             self.send_reset()
@@ -327,13 +373,15 @@ class Connection(psycopg.Connection[Any]):
 
     def _reset_sql(self) -> bytes:
         prepared: Any = self._prepared
+        if self.prepares_again:
+            prepared._names.clear()
         if prepared._names:
-            statements = f"{RESET}; {FIND_PREPARED}{self.set_up}"
+            last = FIND_PREPARED.format(len(prepared._names) + len(prepared._to_flush))
         else:
             prepared._to_flush.clear()
-            statements = f"{RESET}; {FORGET_PREPARED}{self.set_up}"
-        # What cannot be said in the encoding that the lease has left fails on the server.
-        return statements.encode(self.pgconn._encoding, "backslashreplace")
+            last = FORGET_PREPARED
+        statements = "; ".join([*self.reset_statements, last])
+        return (statements + self.set_up).encode(self.pgconn._encoding)
 
     def finish_call(self, seconds: float) -> None:
         """Cancel the statement that nobody waits for any more, and wait for its end, blocking."""
@@ -752,7 +800,12 @@ class Mixin(BridgedMixin, _Base):
             cursor = self.connection.execute(sql)
             return cursor.fetchone() if cursor.description else None
 
-    # The end of a lease
+    # The begin and the end of a lease
+
+    def begin_lease(self, lease: object) -> None:
+        super().begin_lease(lease)
+        if self.pooled:
+            self.connection.clean = False
 
     def connected(self) -> None:
         # As Django's `_configure_connection` does.
@@ -761,8 +814,19 @@ class Mixin(BridgedMixin, _Base):
             own.append(self.compose("SET TimeZone = %s", [self.timezone_name]))
         if role := self.settings_dict["OPTIONS"].get("assume_role"):
             own.append(self.compose("SET ROLE %s", [role]))
-        self.connection.set_up = "".join(f"; {text}" for text in own + self.set_up)
+        self.connection.set_up = "".join(f"\n; {text}" for text in own + self.set_up)
+        self.connection.prepares_again = "prepare" in self.connection.set_up.lower()
+        # An engine's own class says if its server has others.
+        self.connection.reset_statements = getattr(self, "reset_statements", RESET)
         self.connection.clean = True
+
+    def note_set_up(self, sql: Any, params: Any) -> None:
+        if params and self.settings_dict["OPTIONS"].get("server_side_binding"):
+            # As values they are no part of a text, which the server's log may show.
+            text = sql if isinstance(sql, str) else sql.as_string(None)
+            self.touched = self.touched or sets_something(text)
+        else:
+            super().note_set_up(sql, params)
 
     def compose(self, sql: Any, params: Any) -> str:
         if params is None and isinstance(sql, str):
@@ -774,6 +838,8 @@ class Mixin(BridgedMixin, _Base):
             return False
         self._forget_lease()
         if not self.connection.clean:
+            if not self.connection.is_read_as_opened:
+                return False
             try:
                 self.connection.send_reset()
             except psycopg.Error:
@@ -802,9 +868,18 @@ class Mixin(BridgedMixin, _Base):
         def read() -> bool:
             try:
                 with self.in_own_use():
-                    return bool(connection.wait(reading))
-            except psycopg.Error:
-                return False
+                    done, error = bool(connection.wait(reading)), connection.reset_error
+            except psycopg.Error as exc:
+                done, error = False, str(exc)
+            if not done:
+                logger.warning(
+                    "a connection of %r could not be reset and is closed: %s; if the server has "
+                    "not all of these statements, set reset_statements of the engine's "
+                    "DatabaseWrapper, and look at what connection_created does",
+                    self.alias,
+                    error,
+                )
+            return done
 
         return read
 
