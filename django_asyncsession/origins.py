@@ -95,21 +95,27 @@ def creation_site() -> Site:
     return Site((frame.f_code, frame.f_lasti))
 
 
-def caller_of(frame: FrameType | None, ends: Collection[CodeType] = ()) -> Site | CodeType | None:
+def caller_of(
+    frame: FrameType | None, ends: Collection[CodeType] = (), last: FrameType | None = None
+) -> Site | CodeType | None:
     """The nearest caller, from this frame on, outside this package, asyncio and Django; None when
     there is none.
 
     Args:
         ends: functions that are given instead when they are nearer.
+        last: the frame behind which there is no caller any more.
     """
-    found = _outside(frame, _AROUND, ends)
+    found = _outside(frame, _AROUND, ends, last)
     if found is None:
         return None
     return found.f_code if found.f_code in ends else Site((found.f_code, found.f_lasti))
 
 
 def _outside(
-    frame: FrameType | None, places: tuple[str, ...], ends: Collection[CodeType] = ()
+    frame: FrameType | None,
+    places: tuple[str, ...],
+    ends: Collection[CodeType] = (),
+    last: FrameType | None = None,
 ) -> FrameType | None:
     known = _says_nothing[places]
     while frame is not None and frame.f_code not in ends:
@@ -119,7 +125,7 @@ def _outside(
             nothing = known[file] = file.startswith(places)
         if not nothing:
             return frame
-        frame = frame.f_back
+        frame = None if frame is last else frame.f_back
     return frame
 
 

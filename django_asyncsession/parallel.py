@@ -32,6 +32,7 @@ from django.db import router
 from django.db.models.query import QuerySet, RawQuerySet
 
 from .exceptions import PoolError, SessionStateError
+from .observe.statements import for_caller
 from .queries import SelectQuery
 from .statements import locks, reading
 from .transactions.transaction import Transaction
@@ -164,7 +165,8 @@ class Gathering:
         if not self._todo:
             return []
         try:
-            return await self._run(transaction)
+            with for_caller():
+                return await self._run(transaction)
         finally:
             # What a read has started may go on, and is then no read any more.
             self.is_over = True

@@ -75,7 +75,8 @@ async def test_only_what_took_longer_is_logged(
         async with real_database.get_session() as session:
             await session.fetch_all(slow(real_database))
     said = [text for text in messages(caplog, SLOW) if " in test_only_what_took" in text]
-    assert len(said) == 1
+    # The end of a transaction may take long as well, on a busy machine.
+    assert len([text for text in said if not text.endswith(": COMMIT")]) == 1
 
 
 @pytest.mark.parametrize("autocommit", [False, True])
@@ -95,6 +96,22 @@ async def test_every_way_to_send_a_statement_is_seen(
     assert len([m for m in said if __file__ in m]) == len(said) == 4
     words = [m.rpartition(": ")[2].split()[0] for m in said]
     assert words == ["SELECT", "INSERT", "SELECT", "SELECT"]
+
+
+async def test_statements_of_other_tasks_name_no_line_of_who_runs_the_loop(
+    real_database: DatabaseInterface, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Those of gather() name who gathers; of a task with no line of the project's in it, nothing is
+    known."""
+    await real_database.ping()
+    with slow_from(0.0, real_database):
+        async with real_database.get_session() as session:
+            await session.gather(*(lambda s: s.fetch_value("SELECT 1") for _ in range(3)))
+            task = asyncio.create_task(session.fetch_value("SELECT 1 AS a"), name="the one")
+            await task
+    said = [text for text in messages(caplog, SLOW) if "SELECT ?" in text]
+    assert [" in test_statements_of_other_tasks" in text for text in said] == [True] * 3 + [False]
+    assert "sent at an unknown line of 'the one': SELECT ? AS a" in said[-1]
 
 
 async def test_a_statement_that_fails_or_is_cut_is_logged(
@@ -135,7 +152,7 @@ async def test_reading_rows_counts_as_the_statement(
         async with real_database.get_session() as session:
             async for _ in session.stream(rows[real_database.vendor], chunk_size=1):
                 pass
-    (said,) = messages(caplog, SLOW)
+    (said,) = (text for text in messages(caplog, SLOW) if "SELECT" in text)
     assert f"{__file__}:" in said and " in test_reading_rows" in said
 
 

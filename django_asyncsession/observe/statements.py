@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextvars
 import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import CodeType, FrameType
 from typing import Any, TypeVar
 
@@ -14,7 +16,7 @@ from greenlet import getcurrent
 
 from django_asyncsession.conf import settings
 from django_asyncsession.exceptions import ConfigurationError
-from django_asyncsession.origins import RequestSite, Site, caller_of
+from django_asyncsession.origins import RequestSite, Site, caller_of, task_name
 from django_asyncsession.scanner import normalise
 
 logger = logging.getLogger("django_asyncsession.slow")
@@ -117,17 +119,47 @@ def shown(db: Any, sql: Any) -> str:
 ends: dict[CodeType, str] = {}
 
 
+# Who waits for the tasks that send, where they have no line of the project's in them.
+_behind: contextvars.ContextVar[Site | str | None] = contextvars.ContextVar("behind", default=None)
+
+
+@contextmanager
+def for_caller() -> Iterator[None]:
+    """Let tasks that are made in the block send for the caller of the block."""
+    if not Watch.is_on:
+        yield
+        return
+    outer = _behind.get()
+    _behind.set(_caller())
+    try:
+        yield
+    finally:
+        # By value: a coroutine may be closed in another context than it began in.
+        _behind.set(outer)
+
+
 def _caller() -> Site | str:
     """The line of the project's that sent the statement: in this greenlet, or in what awaits it."""
     this: Any = getcurrent()
     frame: FrameType | None = sys._getframe(1)
+    # Behind it is who runs the event loop, a server for example.
+    last = _first_frame()
     while True:
-        site = caller_of(frame, ends.keys())
+        site = caller_of(frame, ends.keys(), last)
         if isinstance(site, CodeType):
             return ends[site]
         if site is not None:
             return site
         this = this.parent
         if this is None:
-            return "an unknown place"
+            return _behind.get() or f"an unknown line of {task_name()!r}"
         frame = this.gr_frame
+
+
+def _first_frame() -> FrameType | None:
+    """The first of the current task."""
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:
+        return None
+    return None if task is None else getattr(task.get_coro(), "cr_frame", None)
