@@ -56,7 +56,7 @@ class DatabaseInterface:
 
     def __init__(self, alias: str, settings_dict: Mapping[str, Any] | None = None) -> None:
         self.alias = alias
-        self._own_settings = settings_dict
+        self._own_settings = None if settings_dict is None else masked(settings_dict)
         # Where connections come from instead of the pools: in a test, from the test's own.
         self.source: Source | None = None
         self._pools: dict[int, tuple[tuple[Any, ...], Pool[BridgedMixin]]] = {}
@@ -429,7 +429,7 @@ def _parse_dsn(dsn: str) -> dict[str, Any]:
     )
     parsed: dict[str, Any] = {}
     with contextlib.suppress(Exception):
-        if not _has_stray_at(dsn):
+        if "://" in dsn and not _has_stray_at(dsn):
             # At once: whatever is raised later shows the locals of this frame.
             parsed = masked(dj_database_url.parse(dsn))
     if not parsed:

@@ -6,6 +6,7 @@ that the session sends, and the driver is used behind Django's back.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -592,3 +593,97 @@ async def test_a_setting_of_the_options_that_a_session_repeats_is_noticed_too(
     async with lite.get_session(autocommit=True) as session:
         await session.fetch_value("SELECT 1")
     assert lite.stats()["connections_num"] == opened + 1
+
+
+# Ends of a session of all kinds
+
+SLOW = {
+    "postgresql": "SELECT pg_sleep(60)",
+    "mysql": "SELECT SLEEP(60)",
+    "sqlite": "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c) "
+    "SELECT count(*) FROM c",
+}
+ROWS = {
+    "postgresql": "SELECT generate_series(1, 5000)",
+    "mysql": "SELECT seq FROM seq_1_to_5000",
+    "sqlite": "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c LIMIT 5000) "
+    "SELECT x FROM c",
+}
+
+
+async def cancelled(session: Session) -> None:
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.05):
+            await session.execute(SLOW[session.vendor])
+
+
+async def failed(session: Session) -> None:
+    await session.execute("SELECT nonsense FROM nowhere")
+
+
+async def left_a_stream(session: Session) -> None:
+    async for _ in session.stream(ROWS[session.vendor]):
+        break
+
+
+ENDS = {"cancelled": cancelled, "failed": failed, "left a stream": left_a_stream}
+
+
+async def ended(db: DatabaseInterface, statement: str, probe: str, how: str) -> tuple[Any, Any]:
+    """What the probe says before and after sessions that set something and end so."""
+
+    async def look() -> Any:
+        async with db.get_session() as session:
+            return [list(row.values()) for row in await session.fetch_all(probe)]
+
+    before = await look()
+    for autocommit in (False, True):
+        with contextlib.suppress(Exception):
+            async with db.get_session(autocommit=autocommit) as session:
+                await session.execute(statement)
+                await ENDS[how](session)
+        if (after := await look()) != before:
+            break
+    for turns in range(0, 40, 3):
+        # Cancelled after so many turns of the loop, at whatever it awaits then.
+        task = asyncio.create_task(one_statement(db, statement))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+        if (after := await look()) != before:
+            break
+    return before, after
+
+
+async def one_statement(db: DatabaseInterface, statement: str) -> None:
+    async with db.get_session() as session:
+        await session.execute(statement)
+
+
+@pytest.mark.parametrize("how", ENDS)
+async def test_postgresql_after_any_end(leaky_postgresql: None, how: str) -> None:
+    """Nothing comes to the next session from one that was cut, failed, or left a stream."""
+    probe = PG_PROBE.replace("pg_backend_pid()", "0")
+    async with DatabaseInterface.from_dsn(dsn_of_tests(pool_max_size=1), alias="own") as db:
+        before, after = await ended(db, "SELECT leaky.keeps(1)", probe, how)
+    assert before == after
+
+
+@pytest.mark.parametrize("how", ENDS)
+async def test_mysql_after_any_end(leaky_mysql: None, how: str) -> None:
+    """Nothing comes to the next session from one that was cut, failed, or left a stream."""
+    settings = dict(connections["mysql"].settings_dict)
+    settings["OPTIONS"] = {**settings["OPTIONS"], "pool": {"max_size": 1}}
+    async with DatabaseInterface("own", settings) as db:
+        probe = MY_PROBE.replace("CONNECTION_ID()", "0")
+        before, after = await ended(db, "SELECT leaky_keeps(1)", probe, how)
+    assert before == after
+
+
+@pytest.mark.parametrize("how", ENDS)
+async def test_sqlite_after_any_end(lite: DatabaseInterface, how: str) -> None:
+    """Nothing comes to the next session from one that was cut, failed, or left a stream."""
+    before, after = await ended(lite, "PRAGMA cache_size = 77", LITE_PROBE, how)
+    assert before == after

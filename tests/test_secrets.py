@@ -75,6 +75,7 @@ FORMS = {
     "a number sign in it": f"postgresql://u:12#{SECRET}@h/x",
     "an at sign in it": f"postgresql://u:{SECRET}@{SECRET}@h/x",
     "no scheme": f"u:{SECRET}@h/x",
+    "a scheme without slashes": f"postgresql:u:{SECRET}@h/x",
     "a port that is no number": f"postgresql://u:{SECRET}@h:port/x",
     "a port out of range": f"postgresql://u:{SECRET}@h:99999/x",
     "an unknown scheme": f"oracel://u:{SECRET}@h/x",
@@ -138,3 +139,40 @@ async def test_a_refused_connection_shows_no_password_of_a_query_parameter(
     await db.close()
     assert not [text for text in everything_of(caught.value) if SECRET in text]
     assert SECRET not in caplog.text
+
+
+WRONG = {
+    "an unknown option of libpq": f"postgresql://u:{SECRET}@127.0.0.1:1/x?nonsense=1",
+    "a server's option": f"postgresql://u:{SECRET}@127.0.0.1:1/x?options=-c%20nonsense%3D1",
+    "a service that is none": f"postgresql://u:{SECRET}@127.0.0.1:1/x?service=nonsense",
+    "no host of that name": f"postgresql://u:{SECRET}@nonsense.invalid/x",
+    "MySQL: nobody answers": f"mysql://u:{SECRET}@127.0.0.1:1/x",
+    "MySQL: an unknown option": f"mysql://u:{SECRET}@127.0.0.1:1/x?nonsense=1",
+    "MySQL: a TLS mode that is refused": f"mysql://u:{SECRET}@127.0.0.1:1/x?ssl_mode=PREFERRED",
+    "MySQL: no such file": f"mysql://u:{SECRET}@127.0.0.1:1/x?ssl_ca=/nonsense",
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+async def test_no_error_of_connecting_shows_the_password(
+    wrong: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nor does any error that another one replaced, or that the pool passes on to who waits."""
+    caplog.set_level(logging.DEBUG)
+    db = DatabaseInterface.from_dsn(WRONG[wrong])
+    try:
+        for _ in range(2):
+            with pytest.raises(Exception) as caught:
+                async with db.get_session() as session:
+                    await session.execute("SELECT 1")
+            assert not [text for text in everything_of(caught.value) if SECRET in text]
+    finally:
+        await db.close()
+    assert SECRET not in caplog.text
+
+
+def test_an_interface_made_of_settings_shows_no_password() -> None:
+    entry = {**DatabaseInterface.from_dsn(f"postgresql://u:{SECRET}@h/x")._settings_dict}
+    entry["PASSWORD"] = SECRET
+    db = DatabaseInterface("own", entry)
+    assert SECRET not in repr(vars(db)) and db._settings_dict["PASSWORD"] == SECRET

@@ -138,7 +138,11 @@ class Connection(psycopg.Connection[Any]):
         except Exception as exc:
             # psycopg's frames hold the whole connection string, and error pages show the locals of
             # frames.
-            error = exc.with_traceback(None)
+            error: BaseException = exc
+        shown: BaseException | None = error
+        while shown is not None:
+            shown = shown.with_traceback(None)
+            shown = shown.__cause__ or shown.__context__
         raise error
 
     @classmethod
