@@ -1166,6 +1166,96 @@ async def test_another_character_set_by_sql_is_refused(db: DatabaseInterface) ->
         assert await session.fetch_value("SELECT %s", [HOSTILE[0]]) == HOSTILE[0]
 
 
+def _many(sql: str, *params: list[str]) -> Callable[[], None]:
+    def run() -> None:
+        with connections["mysql"].cursor() as cursor:
+            cursor.executemany(sql, params)
+
+    return run
+
+
+def _in_a_savepoint(sql: str) -> Callable[[], None]:
+    def run() -> None:
+        with suppress(DatabaseError), transaction.atomic("mysql"):
+            sync_in_session(sql)
+
+    return run
+
+
+def sync_in_session(sql: str) -> None:
+    with connections["mysql"].cursor() as cursor:
+        cursor.execute(sql)
+
+
+def _text(*statements: str) -> Callable[[], None]:
+    return lambda: [sync_in_session(sql) for sql in statements] and None
+
+
+# Ways to another character set, that of results too, which would garble what is read.
+SET_GBK = "EXECUTE IMMEDIATE 'BEGIN NOT ATOMIC SET NAMES gbk; {} END'"
+CHARSET_WAYS = {
+    "statement": _text("SET NAMES gbk"),
+    "other first": _text("SET @a = 1, character_set_client = gbk"),
+    "of a statement": _text("SET STATEMENT max_statement_time = 1 FOR SET NAMES gbk"),
+    "prepared": _text("PREPARE p FROM 'SET NAMES gbk'", "EXECUTE p"),
+    "with rows": _text(SET_GBK.format("SELECT 1; SELECT 2;")),
+    "with an error": _in_a_savepoint(SET_GBK.format("SIGNAL SQLSTATE ''45000'';")),
+    "results": _text("SET character_set_results = latin1"),
+    "procedure": _text("CALL charset_of_t()"),
+    "many": _many("SET @a = %s, character_set_client = gbk", ["a"], [HOSTILE[0]]),
+    "driver": lambda: connections["mysql"].connection.cursor().execute("SET NAMES gbk") and None,
+}
+
+
+@pytest.mark.parametrize("way", CHARSET_WAYS)
+async def test_no_way_to_another_character_set_reaches_a_value_or_the_next_session(
+    one: DatabaseInterface, way: str
+) -> None:
+    sync("CREATE OR REPLACE PROCEDURE charset_of_t() SET NAMES gbk")
+    probe = "SELECT @@character_set_client, @@character_set_results, %s"
+    try:
+        # The end of the savepoint finds it first, and closes the connection.
+        said = "taken back" if way == "with an error" else "values are escaped for 'utf8mb4'"
+        with pytest.raises(DatabaseError, match=said):
+            async with one.get_session() as session:
+                await session.run_sync(CHARSET_WAYS[way])
+                await session.fetch_value("SELECT %s", [HOSTILE[0]])
+        async with one.get_session() as session:
+            await session.execute("INSERT INTO t (n) VALUES (1)")
+            with suppress(DatabaseError):
+                await session.run_sync(CHARSET_WAYS[way])
+            with suppress(DatabaseError, TransactionManagementError):
+                await session.rollback()
+        for _ in range(2):
+            async with one.get_session() as session:
+                (row,) = await session.fetch_all(probe, [HOSTILE[0]])
+                assert tuple(row.values()) == ("utf8mb4", "utf8mb4", HOSTILE[0])
+    finally:
+        sync("DROP PROCEDURE charset_of_t")
+
+
+@pytest.mark.parametrize("check", [False, True])
+async def test_the_character_set_is_compared_once_and_not_in_each_session(check: bool) -> None:
+    """What `init_command` sets, each reset sets again."""
+    counts = []
+    for options in ({}, {"init_command": "SET NAMES utf8mb4 COLLATE utf8mb4_bin"}):
+        db = interface(max_size=1, options=options)
+        counts.append([await _selects(db, check) for _ in range(4)])
+        await db.close()
+    plain, with_command = counts
+    assert with_command[1:] == plain[1:]
+
+
+async def _selects(db: DatabaseInterface, check: bool) -> int:
+    """How many queries the server has run for a session."""
+    async with db.get_session(timeout=10) as session:
+        if check:
+            await session.run_sync(lambda: connections["mysql"].connection.ping())
+        assert await session.fetch_value("SELECT %s", [HOSTILE[0]]) == HOSTILE[0]
+        (row,) = await session.fetch_all("SHOW SESSION STATUS LIKE 'Com_select'")
+        return int(tuple(row.values())[1])
+
+
 async def test_another_character_set_by_init_command_is_refused(t: None) -> None:
     db = interface(options={"init_command": "SET NAMES gbk"})
     try:

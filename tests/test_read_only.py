@@ -311,3 +311,61 @@ def test_asyncsql_without_write_changes_nothing(alias: str, no_terminal: None) -
         ask(alias, "DROP TABLE guarded")
         assert "made" not in connections[alias].introspection.table_names()
         connections[alias].close()
+
+
+# Statements that end the transaction from inside: some only that, some to write after it.
+ENDING = {
+    "postgresql": (
+        [
+            "CREATE OR REPLACE PROCEDURE only_ends() LANGUAGE plpgsql AS $$ BEGIN COMMIT; END $$",
+            "CREATE OR REPLACE PROCEDURE ends_and_writes() LANGUAGE plpgsql AS "
+            "$$ BEGIN COMMIT; DELETE FROM guarded; COMMIT; END $$",
+        ],
+        ["CALL only_ends()", "DO $$ BEGIN ROLLBACK; END $$"],
+        ["CALL ends_and_writes()", "DO $$ BEGIN COMMIT; DELETE FROM guarded; END $$"],
+    ),
+    "mysql": (
+        [
+            "CREATE OR REPLACE PROCEDURE only_ends() COMMIT",
+            "CREATE OR REPLACE PROCEDURE ends_and_writes() "
+            "BEGIN COMMIT; DELETE FROM guarded; COMMIT; END",
+            "CREATE OR REPLACE PROCEDURE ends_by_schema() "
+            "BEGIN CREATE TABLE made (n int); DELETE FROM guarded; END",
+        ],
+        ["CALL only_ends()"],
+        [
+            "CALL ends_and_writes()",
+            "CALL ends_by_schema()",
+            "CREATE TABLE made (n int)",
+            "ALTER TABLE guarded ADD more int",
+            "TRUNCATE TABLE guarded",
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("alias", ["default", "mysql"], indirect=True)
+def test_asyncsql_tells_that_a_statement_ended_its_transaction(
+    alias: str, no_terminal: None
+) -> None:
+    """Without --write nothing is written by it or after it, and the command fails."""
+    routines, ends, writes = ENDING[connections[alias].vendor]
+    ask(alias, *START, *routines)
+    names = [text.partition("PROCEDURE ")[2].partition("(")[0] for text in routines]
+    told = (
+        # By us, by the server that refuses the write, and by PostgreSQL that refuses the end.
+        r"the SQL ended the transaction; nothing after it was run|--write allows changes"
+        r"|invalid transaction termination"
+    )
+    try:
+        for sql in [*ends, *writes]:
+            for text in (sql, f"{sql}; DELETE FROM guarded"):
+                out = {"stdout": io.StringIO(), "stderr": io.StringIO()}
+                with pytest.raises(CommandError, match=told):
+                    call_command("asyncsql", text, "--database", alias, "--multi", **out)
+                assert "committed" not in out["stderr"].getvalue()
+                assert list(ask(alias, "SELECT * FROM guarded")) == [(1,)], text
+                assert "made" not in connections[alias].introspection.table_names(), text
+    finally:
+        ask(alias, *[f"DROP PROCEDURE {name}" for name in names], "DROP TABLE guarded")
+        connections[alias].close()

@@ -11,7 +11,12 @@ from psycopg import sql as composed
 
 from django_asyncsession import DatabaseInterface, MultipleStatements
 from django_asyncsession.scanner import scanner
-from django_asyncsession.statements import change_in, check_one_statement, check_savepoint_name
+from django_asyncsession.statements import (
+    change_in,
+    check_one_statement,
+    check_savepoint_name,
+    locks,
+)
 
 ONE = [
     "SELECT 1",
@@ -190,3 +195,36 @@ async def test_two_statements_are_refused_before_anything_is_sent(
         for refused in (transaction.execute(both), transaction.cursor(both)):
             with pytest.raises(MultipleStatements):
                 await refused
+
+
+@pytest.mark.parametrize("vendor", ["postgresql", "mysql", "sqlite"])
+def test_what_is_quoted_or_a_comment_neither_changes_nor_locks(vendor: str) -> None:
+    hidden = "for update; insert into t; set_config(a); lock in share mode; lock table t"
+    texts = [f"SELECT '{hidden}'", f'SELECT 1 AS "{hidden}"', f"SELECT 1 /* {hidden} */"]
+    texts += [
+        f"SELECT 1 -- {hidden}",
+        f"WITH x AS (SELECT '{hidden}') SELECT 1",
+        "SELECT forupdate",
+    ]
+    texts += {
+        "postgresql": [f"SELECT $a${hidden}$a$", f"SELECT E'\\'{hidden}'"],
+        "mysql": [f"SELECT '\\'{hidden}'", f"SELECT 1 # {hidden}", f"SELECT `{hidden}`"],
+        "sqlite": [f"SELECT [{hidden}]"],
+    }[vendor]
+    for text in texts:
+        assert change_in(text, scanner(vendor)) == "", text
+        assert not locks(text, vendor), text
+
+
+@pytest.mark.parametrize("vendor", ["postgresql", "mysql", "sqlite"])
+def test_a_lock_is_seen_through_what_stands_between_its_words(vendor: str) -> None:
+    for text in (
+        "SELECT 'a' FROM t FOR UPDATE",
+        "SELECT 1 FROM t for/* ' */update",
+        "select '' from t For -- '\n Update",
+        "WITH x AS (SELECT ';') SELECT * FROM x LOCK\tIN SHARE MODE",
+    ):
+        assert change_in(text, scanner(vendor)) in ("SELECT", "WITH"), text
+        assert locks(text, vendor), text
+    assert locks("SELECT 1 /*! FOR UPDATE */", "mysql")
+    assert not locks("SELECT 1 /*! FOR UPDATE */", "postgresql")

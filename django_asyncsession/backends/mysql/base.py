@@ -345,6 +345,7 @@ class Mixin(BridgedMixin, _Base):
 
     def connected(self) -> None:
         self.connection.set_up = "".join(f"\n; {text}" for text in [self._role(), *self.set_up])
+        self.connection.note_set_up()
         self.connection.clean = True
 
     def _role(self) -> str:

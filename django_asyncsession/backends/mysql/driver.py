@@ -72,6 +72,8 @@ OPEN_ENDED = "SET autocommit = 0"
 BEGIN = ("START TRANSACTION",)
 # The server tells when SQL sets the character set, among other things.
 SESSION_TRACK, STATE_CHANGED = 1 << 23, 0x4000
+# How statements begin that go many in one packet.
+BATCHED = frozenset({b"INSERT", b"REPLAC", b"UPDATE", b"DELETE"})
 # Encodings in which the byte of a backslash is a backslash always.
 WITHOUT_BACKSLASH = frozenset({"utf8", "ascii", "latin1", "cp1252"})
 # Attributes of asyncmy's connection that code may change, and those of the facade.
@@ -115,8 +117,8 @@ class Connection:
         # such now.
         self._takes_several, self._several_wanted = True, False
         # The server's character set may be another one than that of the literals here: because of
-        # OPTIONS["init_command"], or because the server says that SQL has set something.
-        self.sets_more = self._may_differ = False
+        # what connecting and each reset set, or because the server told that SQL has set something.
+        self.sets_more = self._may_differ = self._told = False
         # What brings back, after a reset and `init_sql`, what connecting has set.
         self.set_up = ""
         self._encoding: str = raw._encoding
@@ -131,6 +133,10 @@ class Connection:
         """Remember the attributes, and what values are converted with: every lease begins so."""
         own = Attributes(self, frozenset(vars(self)) - CHANGEABLE_HERE)
         self._opened = own, Attributes(self.raw, only=CHANGEABLE)
+
+    def note_set_up(self) -> None:
+        """What connecting has set so far, each reset sets again."""
+        self.sets_more, self._told = self.sets_more or self._may_differ, False
 
     def restore(self) -> None:
         """Bring back what `note_opened` remembered."""
@@ -254,6 +260,8 @@ class Connection:
                 wrapper.abandon()
             else:
                 self.dirty = False
+                # With an error the server does not tell what the statement has set before it.
+                self._may_differ = self._told = True
                 self._ask_what_is_left(error)
             wrapper.driver_failed(error)
             raise error from exc
@@ -290,12 +298,15 @@ class Connection:
         return wrapper
 
     def _note_status(self) -> None:
-        if self.raw.server_status & STATE_CHANGED:
-            self._may_differ = True
+        self._note_changed()
         if self.in_transaction:
             self.began = True
         elif self.began:
             self.began, self.left_by_sql = False, not self.commits_implicitly
+
+    def _note_changed(self) -> None:
+        if self.raw.server_status & STATE_CHANGED:
+            self._may_differ = self._told = True
 
     def _hold_back(self) -> None:
         """Let the server wait with the rows that nobody has asked for yet: asyncmy takes in all
@@ -393,6 +404,8 @@ class Connection:
         await self._query(sql, several)
         results = [self.raw._result]
         while results[-1].has_next:
+            # The next answer has a status of its own.
+            self._note_changed()
             await self.raw.next_result()
             results.append(self.raw._result)
         return results[skip:]
@@ -513,22 +526,22 @@ class Connection:
             MySQLdb.OperationalError: it reads another one; the connection is closed.
         """
         if self._may_differ and in_bridge():
-            is_first, self._may_differ = self.clean, False
             self.run(self._compare_charset())
-            self._may_differ = False
-            if is_first:
-                # So it is after each reset.
+            if not self._told:
+                # What was compared is what each reset brings back.
                 self.sets_more = False
+            self._may_differ = self._told = False
 
     async def _compare_charset(self) -> None:
-        await self.raw.query("SELECT @@character_set_client")
-        ((name,),) = self.raw._result.rows
-        known = charset_by_name(name.replace("utf8mb3", "utf8"))
-        if known is None or known.encoding != self.raw._encoding:
-            raise errors.OperationalError(
-                f"SQL has set the character set {name!r}, but values are escaped for "
-                f"{self.raw.character_set_name()!r}; name it in OPTIONS['charset'] instead"
-            )
+        await self.raw.query("SELECT @@character_set_client, @@character_set_results")
+        for name in self.raw._result.rows[0]:
+            # Results without one come as they are stored.
+            known = name and charset_by_name(name.replace("utf8mb3", "utf8"))
+            if name and (known is None or known.encoding != self.raw._encoding):
+                raise errors.OperationalError(
+                    f"SQL has set the character set {name!r}, but values are escaped for "
+                    f"{self.raw.character_set_name()!r}; name it in OPTIONS['charset'] instead"
+                )
 
     def literal(self, value: Any) -> bytes:
         """The value as an SQL literal; text that the character set cannot hold is an error."""
@@ -613,7 +626,7 @@ class Connection:
         while self.raw._result.has_next:
             await self.raw.next_result()
         self.raw.server_status &= ~STATE_CHANGED
-        self._may_differ = self.sets_more
+        self._may_differ, self._told = self.sets_more, False
         self.resetting, self.clean = False, True
 
     async def _end_and_reset(self, sql: str) -> None:
@@ -961,8 +974,9 @@ def _batches(statements: Iterator[bytes]) -> Iterator[list[bytes]]:
     batch: list[bytes] = []
     size = 0
     for statement in statements:
-        if b";" in statement:
-            # It may be several, so that the server shall see it alone.
+        if b";" in statement or statement[:64].lstrip()[:6].upper() not in BATCHED:
+            # It may be several, or set the character set that the next is read in, so that the
+            # server shall see it alone.
             yield from filter(None, (batch, [statement]))
             batch, size = [], 0
             continue
