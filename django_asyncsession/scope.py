@@ -120,12 +120,15 @@ class RequestScope:
         """End the session.
 
         Raises:
+            StreamTimeout: it was rolled back already, because a stream was left unread.
             What `Session.commit` raises.
         """
         session = self.session
         try:
-            if session.in_transaction and not self._failed:
-                await session.commit()
+            if not self._failed:
+                session.check_not_given_up()
+                if session.in_transaction:
+                    await session.commit()
         finally:
             await session.close(has_error=self._failed)
 

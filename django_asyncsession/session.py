@@ -31,7 +31,7 @@ from . import (
     threadlocals,
 )
 from .backends.base import TransactionOptions
-from .exceptions import SessionStateError
+from .exceptions import SessionStateError, StreamTimeout
 from .observe.statements import Watch
 from .origins import Site, creation_site, made, task_reference
 from .queries import DeleteQuery, InsertQuery, Related, SelectQuery, UpdateQuery
@@ -97,6 +97,8 @@ class Session:
 
     # Set in native mode, for as long as the session is a current one.
     companions: Companions | None = None
+    # It was rolled back, because a stream of it was left unread.
+    _given_up = False
 
     def __init__(
         self,
@@ -276,7 +278,8 @@ class Session:
     async def reset(self) -> Self:
         """Roll back, give the connection back, and be as new: to be begun again."""
         await self.close()
-        self._state, self._entered, self._released = State.NEW, False, False
+        self._state = State.NEW
+        self._entered = self._released = self._given_up = False
         self._loop = self._outcome = None
         return self
 
@@ -301,10 +304,25 @@ class Session:
         traceback: TracebackType | None,
     ) -> None:
         try:
-            if exc is None and self._transaction is not None:
-                await self._finish(Transaction.commit, "commit()")
+            if exc is None:
+                self.check_not_given_up()
+                if self._transaction is not None:
+                    await self._finish(Transaction.commit, "commit()")
         finally:
             await self.close(has_error=exc is not None)
+
+    def check_not_given_up(self) -> None:
+        """For whoever is about to say that all went well.
+
+        Raises:
+            StreamTimeout: the session was rolled back, because a stream of it was left unread.
+        """
+        if self._given_up:
+            raise StreamTimeout(
+                f"the session of {self.alias!r} {made(self.site)} was rolled back, because a "
+                "stream of it was left unread for longer than "
+                'ASYNC_SESSION["STREAM_TIMEOUT"]; read it to its end, or close it'
+            )
 
     @property
     def state(self) -> State:
@@ -367,6 +385,7 @@ class Session:
             async with transaction:
                 transaction.own()
                 yield
+                self.check_not_given_up()
         finally:
             self._forget(transaction)
 
@@ -594,6 +613,8 @@ class Session:
 
         def give_up() -> None:
             if (alive := ended()) is not None:
+                if isinstance(alive, Session):
+                    alive._given_up = True
                 end_later(loop, alive.close(has_error=True))
 
         return Unread(f"a stream of {self.alias!r} (session {made(self.site)})", give_up)

@@ -259,6 +259,11 @@ class SessionSet:
         """The sessions in the order they were begun, the main one last."""
         return sorted(self._sessions.values(), key=lambda s: s.alias == self._main)
 
+    def check_not_given_up(self) -> None:
+        """As that of `Session`, for every session."""
+        for session in self._sessions.values():
+            session.check_not_given_up()
+
     async def commit(self) -> None:
         """Commit every session: in the order they were begun, and the main one last, so that it is
         rolled back when another cannot be saved.

@@ -42,14 +42,14 @@ async def running(db: DatabaseInterface, marker: str) -> int:
 
 @asynccontextmanager
 async def served(
-    alias: str, application: str, *options: str
+    alias: str, application: str, *options: str, env: dict[str, str] | None = None
 ) -> AsyncIterator[tuple[int, subprocess.Popen[bytes]]]:
     """`tests.serving` under uvicorn: its port and process."""
     with closing(socket.socket()) as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     command = [sys.executable, "-m", "uvicorn", f"tests.serving:{application}", *options]
-    env = {**os.environ, "SERVED_ALIAS": alias}
+    env = {**os.environ, "SERVED_ALIAS": alias, **(env or {})}
     process = subprocess.Popen([*command, "--port", str(port), "--log-level", "warning"], env=env)
     try:
 

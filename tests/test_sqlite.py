@@ -1092,6 +1092,50 @@ def test_a_child_forked_while_a_writer_stands_in_line_can_write(path: Path) -> N
     connection.close()
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+def test_a_child_forked_while_its_parent_writes_is_told_so_and_the_parent_saves(
+    path: Path,
+) -> None:
+    db = interface(path, timeout=0.5)
+    loop = asyncio.new_event_loop()
+
+    async def write(n: int) -> None:
+        async with db.get_session() as session:
+            await session.execute("INSERT INTO t (n) VALUES (%s)", [n])
+
+    async def fork_while_writing() -> int:
+        async with db.get_session() as session:
+            await session.execute("INSERT INTO t (n) VALUES (1)")
+            child = os.fork()
+            if child == 0:
+                _tell_and_exit(write)
+            _, status = await asyncio.to_thread(os.waitpid, child, 0)
+        return os.waitstatus_to_exitcode(status)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        code = loop.run_until_complete(fork_while_writing())
+    loop.run_until_complete(db.close())
+    loop.close()
+    assert code == 3, "the child was told that the database is locked"
+    with sqlite3.connect(path) as connection:
+        assert list(connection.execute("SELECT n FROM t")) == [(1,)]
+        assert list(connection.execute("PRAGMA integrity_check")) == [("ok",)]
+    connection.close()
+
+
+def _tell_and_exit(write: Callable[[int], Coroutine[Any, Any, None]]) -> None:
+    signal.alarm(30)
+    try:
+        asyncio.run(write(2))
+    except OperationalError as error:
+        os._exit(3 if "database is locked" in str(error) else 1)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+
 @contextmanager
 def locked_by_a_process(path: Path) -> Iterator[None]:
     """Another process holds the write lock: SQLite itself cannot be forked while this one does."""

@@ -18,6 +18,7 @@ from django_asyncsession.scope import RequestScope
 from tests.faults import outcome_of, watchdog
 from tests.models import User
 from tests.sessions import INSERT, names, soon, whole
+from tests.test_shutdown import get, served
 
 STREAMS: dict[str, Callable[[Session], AsyncIterator[Any]]] = {
     "sql": lambda session: session.stream("SELECT name FROM tests_user ORDER BY 1", chunk_size=1),
@@ -189,3 +190,85 @@ async def test_a_response_that_is_read_is_not_ended(real_database: DatabaseInter
             await asyncio.sleep(0.5)
     assert read == [b"part"] * 3
     assert await names(real_database) == ["a"]
+
+
+@pytest.mark.parametrize("native", [False, True])
+async def test_a_request_that_left_a_stream_unread_does_not_end_as_if_it_had_saved(
+    real_database: DatabaseInterface, native: bool
+) -> None:
+    with limit(real_database, 0.3, NATIVE_ORM=native):
+        await fill(real_database)
+        session = real_database.get_session(begin_on_use=True)
+        with pytest.raises(StreamTimeout, match="was rolled back, because a stream"):
+            async with RequestScope(session):
+                await session.execute(INSERT, ["d"])
+                rows = STREAMS["sql"](session)
+                await anext(rows)
+                assert await soon(is_free(real_database))
+        assert await names(real_database) == ["a", "b", "c"]
+
+
+async def test_a_session_that_left_a_stream_unread_does_not_end_as_if_it_had_saved(
+    real_database: DatabaseInterface,
+) -> None:
+    with limit(real_database, 0.3):
+        await fill(real_database)
+        with pytest.raises(StreamTimeout, match="was rolled back, because a stream"):
+            async with real_database.get_session() as session:
+                await session.execute(INSERT, ["d"])
+                rows = STREAMS["sql"](session)
+                await anext(rows)
+                assert await soon(is_free(real_database))
+        assert await names(real_database) == ["a", "b", "c"]
+
+
+async def test_a_block_of_autocommit_that_left_a_stream_unread_does_not_end_as_if_it_had_saved(
+    real_database: DatabaseInterface,
+) -> None:
+    with limit(real_database, 0.3):
+        await fill(real_database)
+        session = await real_database.get_session(autocommit=True).begin()
+        with pytest.raises(StreamTimeout, match="was rolled back, because a stream"):
+            async with session.atomic():
+                await session.execute(INSERT, ["d"])
+                rows = STREAMS["sql"](session)
+                await anext(rows)
+                assert await soon(is_free(real_database))
+        await session.close()
+        assert await names(real_database) == ["a", "b", "c"]
+
+
+async def test_a_view_that_left_a_stream_unread_is_answered_with_an_error(
+    real_database: DatabaseInterface,
+) -> None:
+    await fill(real_database)
+    served_with = {"SERVED_STREAM_TIMEOUT": "0.5"}
+    async with served(real_database.alias, "application", env=served_with) as (port, _):
+        answer = await get(port, "/leave")
+    assert answer.startswith(b"HTTP/1.1 500 "), answer[:200]
+    assert await names(real_database) == ["a", "b", "c"]
+
+
+async def test_a_client_that_does_not_read_keeps_no_transaction(
+    real_database: DatabaseInterface,
+) -> None:
+    served_with = {"SERVED_STREAM_TIMEOUT": "0.5"}
+    async with served(real_database.alias, "application", env=served_with) as (port, _):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1000)
+        writer.write(b"GET /stream HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        assert (await reader.readline()).startswith(b"HTTP/1.1 200 ")
+
+        async def can_be_locked() -> bool:
+            # As long as another transaction has written, this waits or is refused.
+            sql = {"postgresql": "LOCK TABLE tests_user IN ACCESS EXCLUSIVE MODE NOWAIT"}
+            default = "DELETE FROM tests_user"
+            if real_database.vendor == "mysql":
+                default = "ALTER TABLE tests_user COMMENT 'locked'"
+            session = await real_database.get_session(lock_timeout=1).begin()
+            outcome = await outcome_of(session.execute(sql.get(real_database.vendor, default)))
+            await session.close()
+            return not isinstance(outcome, Exception)
+
+        assert await soon(can_be_locked, 20)
+        assert await names(real_database) == []
+        writer.transport.abort()
