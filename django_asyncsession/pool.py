@@ -38,8 +38,9 @@ C = TypeVar("C")
 # Seconds that ending a connection (its statement cancelled, its server process gone) may hold up
 # its place.
 CLOSE_BUDGET = 2.0
-# Seconds that its place is kept beyond that while the server could not even be told to end it: a
-# server that does not answer must not have the statements, and sessions, of twice as many.
+# Seconds that its place is kept beyond that while the server could not be told to end it, or was
+# and has not: one that does not answer, or a process of it that stands still, must not have the
+# statements, and sessions, of twice as many.
 UNTOLD_BUDGET = 60.0
 # Seconds between two tries to tell it.
 TELL_AGAIN = 0.1
@@ -698,7 +699,7 @@ class Pool(Generic[C]):
                     )
                     return
             await asyncio.sleep(TELL_AGAIN)
-            deadline = self.loop.time() + CLOSE_BUDGET
+            deadline = min(self.loop.time() + CLOSE_BUDGET, latest)
 
     def _finished(
         self, remains: Awaitable[None], deadline: float, task: asyncio.Task[None]

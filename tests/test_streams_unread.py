@@ -138,13 +138,14 @@ async def test_aiterator_left_unread_gives_its_connection_back(
 ) -> None:
     with limit(real_database, 0.3, NATIVE_ORM=True):
         await fill(real_database)
-        async with RequestScope(real_database.get_session(begin_on_use=True)):
-            rows = aiter(User.objects.using(real_database.alias).aiterator(chunk_size=1))
-            await anext(rows)
-            assert await soon(is_free(real_database))
-            with pytest.raises(StreamTimeout):
+        with pytest.raises(StreamTimeout, match="was rolled back"):
+            async with RequestScope(real_database.get_session(begin_on_use=True)):
+                rows = aiter(User.objects.using(real_database.alias).aiterator(chunk_size=1))
                 await anext(rows)
-            await rows.aclose()  # type: ignore[attr-defined]
+                assert await soon(is_free(real_database))
+                with pytest.raises(StreamTimeout, match="was not read for"):
+                    await anext(rows)
+                await rows.aclose()  # type: ignore[attr-defined]
 
 
 async def test_a_streaming_response_left_unread_is_ended_and_rolled_back(

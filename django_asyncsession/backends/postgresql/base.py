@@ -448,11 +448,13 @@ class Farewell:
     def __init__(self, cancel: Any, sock: socket.socket) -> None:
         self._cancel, self._socket = cancel, sock
         self._cancel_started = False
+        # A process that was told may be held up, and goes on with the statement before it ends.
+        self._may_run = cancel is not None
 
     @property
     def is_untold(self) -> bool:
-        """Whether the server has not answered yet that it was told to end the statement."""
-        return self._cancel is not None
+        """Whether the server may still run the statement, or go on with it."""
+        return self._may_run
 
     def __await__(self) -> Generator[Any, Any, None]:
         return self._say().__await__()
@@ -472,6 +474,7 @@ class Farewell:
         with contextlib.suppress(OSError):
             while await asyncio.get_running_loop().sock_recv(self._socket, 65536):
                 pass
+        self._may_run = False
         self._socket.close()
 
     def __del__(self) -> None:
