@@ -29,7 +29,8 @@ LATEST = {
 SESSIONS = {
     "postgresql": "SELECT count(*), count(*) FILTER (WHERE state = 'active' AND query LIKE %s) "
     "FROM pg_stat_activity WHERE datname = current_database() AND backend_start > %s "
-    "AND pid <> pg_backend_pid()",
+    # Not the server's own, such as a worker that vacuums.
+    "AND pid <> pg_backend_pid() AND backend_type = 'client backend'",
     "mysql": "SELECT count(*), coalesce(sum(info LIKE %s), 0) FROM information_schema.processlist "
     "WHERE db = database() AND id > %s AND id <> connection_id()",
 }
