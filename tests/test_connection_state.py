@@ -313,7 +313,7 @@ async def test_an_execute_wrapper_left_after_its_session_takes_no_other_away(
 
 # Asked with a query.
 FEATURES = {
-    "postgresql": "is_postgresql_15",
+    "postgresql": "is_postgresql_16",
     "mysql": "has_zoneinfo_database",
     "sqlite": "supports_json_field",
 }

@@ -926,6 +926,21 @@ async def test_a_connection_is_kept_after_what_leaves_nothing_on_it(
     await db.close()
 
 
+async def test_asking_the_driver_how_it_is_set_leaves_nothing_on_the_connection(path: Path) -> None:
+    """Django asks so for each bulk insert, in some of its versions."""
+    db = interface(path, max_size=1)
+
+    def ask() -> int:
+        driver: Any = connections[db.alias].connection
+        return int(driver.getlimit(sqlite3.SQLITE_LIMIT_VARIABLE_NUMBER))
+
+    for _ in range(2):
+        async with db.get_session() as session:
+            assert await session.run_sync(ask) > 0
+    assert db.stats()["connections_num"] == 1
+    await db.close()
+
+
 async def test_plain_sessions_keep_their_connection(path: Path) -> None:
     db = interface(path, max_size=1)
     for n in range(3):

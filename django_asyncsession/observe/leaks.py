@@ -142,6 +142,14 @@ async def _one() -> AsyncGenerator[None, None]:
     yield
 
 
-_some = _one()
+def _steps() -> frozenset[type]:
+    some = _one()
+    steps: list[Any] = [some.__anext__(), some.aclose()]
+    for step in steps:
+        # Python warns of one that is neither awaited nor closed.
+        step.close()
+    return frozenset(map(type, steps))
+
+
 # What awaits the next value of an async generator: `async for`, `asend`, `aclose`.
-STEPS = frozenset({type(_some.__anext__()), type(_some.aclose())})
+STEPS = _steps()

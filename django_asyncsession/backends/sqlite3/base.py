@@ -76,6 +76,9 @@ ASKING = frozenset(
     {"table_info", "table_xinfo", "table_list", "index_info", "index_xinfo", "index_list"}
     | {"foreign_key_list", "foreign_key_check", "integrity_check", "quick_check"}
 )
+# Methods of the driver's connection that only tell how it is set, in no time: Django asks one for
+# the most parameters that a statement takes.
+TELLS = frozenset({"getconfig", "getlimit"})
 # A statement of ours; with the same text as a project's it would not be compiled a second time.
 OWN = "/* session */ "
 
@@ -163,6 +166,8 @@ class Connection(threaded.Connection):
             self._reading = False
 
     def _call_unseen(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if fn.__name__ in TELLS:
+            return fn(*args, **kwargs)
         return super()._call_unseen(self._after_begin, fn, *args, **kwargs)
 
     def _after_begin(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
