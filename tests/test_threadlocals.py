@@ -208,9 +208,9 @@ async def test_a_call_that_is_never_resumed_leaves_nothing_behind(
         finally:
             seen.append(get_user())
 
-    session = real_database.get_session(autocommit=True)
+    session = real_database.get_session()
     await session.begin()
-    # Connected, so that the first step leads into the code.
+    # It has its connection, so that the first step leads into the code.
     await session.run_sync(get_user)
     call = session.run_sync(service)
     call.send(None)
