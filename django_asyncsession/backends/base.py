@@ -442,11 +442,6 @@ class BridgedMixin(_Wrapper):
         not reach it; asked in no time."""
         return False
 
-    @property
-    def is_served_here(self) -> bool:
-        """Whether this is the sync code of the session that leased the connection."""
-        return self.serving is not None and self.serving() is getcurrent()
-
     def check_served(self) -> None:
         """Refuse to use a pooled connection anywhere but in the call of the session that leased it.
 
@@ -719,12 +714,7 @@ class BridgedMixin(_Wrapper):
         raise NotImplementedError
 
     def make_cursor(self, cursor: Any) -> Any:
-        made: Any = super().make_cursor(cursor)
-        if self.pooled:
-            plain: Any = type(made)
-            made.__class__ = _watched(plain)
-            made.lease = self.lease
-        return made
+        return self._watch(super().make_cursor(cursor))
 
     def make_debug_cursor(self, cursor: Any) -> Any:
         return self._watch(super().make_debug_cursor(cursor))

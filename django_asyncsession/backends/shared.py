@@ -224,9 +224,6 @@ class SharedMixin(BridgedMixin):
         with self.exclusive:
             return super().create_cursor(name)
 
-    def make_cursor(self, cursor: Any) -> Any:
-        return self._watch(super().make_cursor(cursor))
-
     def _watch(self, cursor: Any) -> Any:
         plain: Any = type(cursor)
         cursor.__class__ = _sharing(plain)
