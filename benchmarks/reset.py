@@ -47,7 +47,7 @@ def main() -> None:
 
 def statements(connection: Any) -> None:
     """Print what each statement of the reset adds to a transaction that did nothing."""
-    from django_asyncsession.backends.postgresql.base import FORGET_PREPARED, RESET
+    from django_asyncsession.backends.postgresql.connection import FORGET_PREPARED, RESET
 
     connection.ensure_connection()
     server = connection.connection.pgconn

@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .columns import Column as Column
-    from .columns import Condition as Condition
     from .consumers import SessionConsumer as SessionConsumer
     from .decorators import background_session as background_session
     from .decorators import inject_session as inject_session
@@ -23,23 +21,25 @@ if TYPE_CHECKING:
     from .interface import databases as databases
     from .management.base import AsyncCommand as AsyncCommand
     from .middleware import rollback_request as rollback_request
-    from .queries import DeleteQuery as DeleteQuery
-    from .queries import InsertQuery as InsertQuery
-    from .queries import SelectQuery as SelectQuery
-    from .queries import UpdateQuery as UpdateQuery
-    from .queries import UpsertQuery as UpsertQuery
+    from .native.routes import keep_thread as keep_thread
+    from .orm.changes import DeleteQuery as DeleteQuery
+    from .orm.changes import InsertQuery as InsertQuery
+    from .orm.changes import UpdateQuery as UpdateQuery
+    from .orm.changes import UpsertQuery as UpsertQuery
+    from .orm.columns import Column as Column
+    from .orm.columns import Condition as Condition
+    from .orm.queries import SelectQuery as SelectQuery
+    from .orm.saving import get_pk as get_pk
+    from .orm.saving import to_dict as to_dict
+    from .orm.tables import RowTable as RowTable
+    from .orm.tables import table as table
+    from .orm.writes import excluded as excluded
     from .results import BaseResultSet as BaseResultSet
     from .results import Row as Row
-    from .routes import keep_thread as keep_thread
-    from .rows import get_pk as get_pk
-    from .rows import to_dict as to_dict
-    from .session import Session as Session
-    from .tables import RowTable as RowTable
-    from .tables import table as table
+    from .session.session import Session as Session
     from .transactions.checkout import State as State
     from .transactions.transaction import Outcome as Outcome
     from .transactions.transaction import Transaction as Transaction
-    from .writes import excluded as excluded
 
 _MODULES = {
     "decorators": ("background_session", "inject_session"),
@@ -47,15 +47,16 @@ _MODULES = {
     "consumers": ("SessionConsumer",),
     "management.base": ("AsyncCommand",),
     "interface": ("DatabaseInterface", "databases"),
-    "session": ("Session",),
+    "session.session": ("Session",),
     "transactions.checkout": ("State",),
     "transactions.transaction": ("Outcome", "Transaction"),
-    "tables": ("RowTable", "table"),
-    "columns": ("Column", "Condition"),
-    "queries": ("DeleteQuery", "InsertQuery", "SelectQuery", "UpdateQuery", "UpsertQuery"),
-    "writes": ("excluded",),
-    "rows": ("get_pk", "to_dict"),
-    "routes": ("keep_thread",),
+    "orm.tables": ("RowTable", "table"),
+    "orm.columns": ("Column", "Condition"),
+    "orm.queries": ("SelectQuery",),
+    "orm.changes": ("DeleteQuery", "InsertQuery", "UpdateQuery", "UpsertQuery"),
+    "orm.writes": ("excluded",),
+    "orm.saving": ("get_pk", "to_dict"),
+    "native.routes": ("keep_thread",),
     "results": ("BaseResultSet", "Row"),
     "exceptions": (
         "AliasNotInSession",

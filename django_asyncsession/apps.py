@@ -19,7 +19,7 @@ class AsyncSessionConfig(AppConfig):
         super().__init__(app_name, app_module)
         # Not in ready(): the first model class of the project loads the backend of "default".
         from . import connections
-        from .backends.base import install_drivers
+        from .backends.engines import install_drivers
 
         connections.install()
         install_drivers(_engines())
@@ -28,11 +28,11 @@ class AsyncSessionConfig(AppConfig):
         """Answer Django's guards, before anything connects; import the engines, which may need
         models; register the system checks, and turn native mode on if it is set."""
         from . import checks, threadlocals  # noqa: F401
-        from .backends.base import import_engines
+        from .activation import follow_settings
+        from .backends.engines import import_engines
         from .bridge import answer_async_guards
         from .guards import explain
-        from .native import follow_settings
-        from .observe import statements
+        from .observe import slow as statements
 
         answer_async_guards(explain)
         import_engines(_engines())

@@ -42,9 +42,9 @@ class Bridge(greenlet):
     fail: Callable[..., Any] = greenlet.throw
 
     def connection(self, alias: str) -> Any:
-        """What `django.db.connections` answers to the code in this greenlet; None where that is
-        nobody's business but Django's."""
-        return None if self.wrapper is None else self.wrapper.for_alias(alias)
+        """What `django.db.connections` answers to the code in this greenlet, where it was given no
+        connection; None where that is nobody's business but Django's."""
+        return None
 
 
 def run(fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, T]:
@@ -77,7 +77,7 @@ async def run_with(
         wrapper: the connection; None where there is none.
         made_by: makes the greenlet.
     """
-    bridge = made_by(_call)
+    bridge = made_by(call)
     if wrapper is not None:
         bridge.wrapper = wrapper
         outer, wrapper.serving = wrapper.serving, weakref.ref(bridge)
@@ -113,7 +113,7 @@ async def run_with(
         outcome = value = None
 
 
-def _call(fn: Callable[..., T], args: Any, kwargs: Any, handled: BaseException | None) -> T | None:
+def call(fn: Callable[..., T], args: Any, kwargs: Any, handled: BaseException | None) -> T | None:
     """Call `fn`; the whole of what runs in the greenlet, which knows of no exception by itself.
 
     Args:

@@ -18,13 +18,13 @@ from django.db import DatabaseError, connections
 from django.utils.module_loading import import_string
 
 from . import threadlocals
-from .backends.base import bridged_class
+from .activation import NEEDS_MIDDLEWARE, needs_middleware
+from .backends.engines import bridged_class
 from .conf import DEFAULTS, problems_of
 from .conf import settings as own_settings
 from .exceptions import ConfigurationError
 from .middleware import places
-from .native import NEEDS_MIDDLEWARE, needs_middleware
-from .routes import VERIFIED, is_verified
+from .native.routes import VERIFIED, is_verified
 
 MIDDLEWARE = "django_asyncsession.middleware.AsyncSessionMiddleware"
 # Django's own middleware that reads the database, so must find the session begun.

@@ -7,7 +7,8 @@ from typing import Any
 from django.db import connections
 from greenlet import getcurrent
 
-from .backends.base import missing, wrapper_class
+from .backends.base import BridgedMixin
+from .backends.engines import missing, refusing, wrapper_class
 from .bridge import Bridge, in_bridge
 from .exceptions import ConfigurationError
 
@@ -20,9 +21,11 @@ class Connections(type(connections)):  # type: ignore[misc]
         """The connection of an alias."""
         call = getcurrent()
         if isinstance(call, Bridge):
-            if (wrapper := call.wrapper) is not None and wrapper.alias == alias:
-                return wrapper
-            if (wrapper := call.connection(alias)) is not None:
+            if (wrapper := call.wrapper) is None:
+                wrapper = call.connection(alias)
+            elif wrapper.alias != alias:
+                wrapper = _stand_in(wrapper, alias)
+            if wrapper is not None:
                 return wrapper
         return super().__getitem__(alias)
 
@@ -46,6 +49,18 @@ class Connections(type(connections)):  # type: ignore[misc]
             return []
         found: list[Any] = super().all(initialized_only)
         return found
+
+
+def _stand_in(wrapper: BridgedMixin, alias: str) -> Any:
+    """What stands for another alias in the call that `wrapper` is given to; None for one that
+    DATABASES does not have. It is of one lease, as code may set attributes there too."""
+    if alias not in connections.settings:
+        return None
+    if wrapper.stand_ins is None:
+        wrapper.stand_ins = {}
+    if alias not in wrapper.stand_ins:
+        wrapper.stand_ins[alias] = refusing(alias)
+    return wrapper.stand_ins[alias]
 
 
 def install() -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from .exceptions import SessionStateError, SyncContextError
 from .origins import RequestSite
 from .scope import RequestScope, new_session
-from .session import Session
+from .session.session import Session
 
 if TYPE_CHECKING:
 

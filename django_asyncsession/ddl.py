@@ -8,21 +8,29 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
+from typing import Any, Protocol, Self, TypeVar, cast
 
 from django.apps import apps
 from django.apps.registry import Apps
 from django.db import ProgrammingError, connections, models
 from django.db.models import Field, Model
 
-from .columns import Column
-from .session import Session
-from .tables import RowTable, model_of
-
-if TYPE_CHECKING:
-    from .interface import DatabaseInterface
+from .orm.columns import Column
+from .orm.tables import RowTable, model_of
+from .orm.writes import path_of
+from .session.session import Session
+from .transactions.checkout import Source
 
 T = TypeVar("T")
+
+
+class Bind(Source, Protocol):
+    """What changing the schema needs of a database."""
+
+    @property
+    def features(self) -> Any: ...
+
+
 Table = type[Model] | RowTable[Any] | str
 
 
@@ -65,7 +73,7 @@ class DDLSession:
     A table is a model, a row table or a name; names also work for tables that no model has.
     """
 
-    def __init__(self, bind: DatabaseInterface) -> None:
+    def __init__(self, bind: Bind) -> None:
         self.bind = bind
         self.alias = bind.alias
         features = bind.features
@@ -541,7 +549,7 @@ def _field_of(model: type[Model], column: Column | str) -> Any:
     Raises:
         ProgrammingError: the table has no such column.
     """
-    name = column._path if isinstance(column, Column) else column
+    name = path_of(column)
     if name == "pk":
         return model._meta.pk
     for field in model._meta.local_concrete_fields:

@@ -14,10 +14,10 @@ from django.http import HttpRequest
 from .conf import settings
 from .exceptions import SyncContextError
 from .installed import check_import
+from .native.sessions import apart
 from .origins import Site
 from .scope import RequestScope, new_session, own_thread
-from .session import Session
-from .sessionset import apart
+from .session.session import Session
 
 F = TypeVar("F", bound=Callable[..., Any])
 Call = Callable[..., Awaitable[Any]]

@@ -8,7 +8,7 @@ from types import CodeType, FrameType
 from django.db import transaction
 
 from .exceptions import AsyncSessionError, BlockingCallError
-from .rows import blocked_access
+from .orm.snapshots import blocked_access
 
 SYNC_ORM = (
     "sync ORM code in async code would block the event loop; run it with "

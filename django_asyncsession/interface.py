@@ -18,13 +18,17 @@ from django.db import connections
 from django.db.utils import ConnectionHandler
 
 from . import bridge, threadlocals
-from .backends.base import BridgedMixin, Secret, bridged_class, make_wrapper, masked
+from .backends.base import BridgedMixin
+from .backends.engines import bridged_class, make_wrapper
+from .backends.secrets import Secret, masked
 from .conf import settings
 from .exceptions import ConfigurationError, UnknownAlias
 from .installed import check_installed
 from .observe import leaks
-from .pool import COUNTERS, Lease, Pool, PoolOptions, check_seconds
-from .session import Session
+from .pool.lease import Lease
+from .pool.options import PoolOptions, check_seconds
+from .pool.pool import COUNTERS, Pool
+from .session.session import Session
 from .shutdown import hold_back
 from .transactions.checkout import Source
 from .transactions.transaction import Transaction

@@ -22,7 +22,7 @@ from .bridge import in_bridge
 from .conf import settings
 from .exceptions import SyncContextError
 from .installed import check_import, check_installed
-from .observe.statements import request as answered
+from .observe.slow import request as answered
 from .origins import RequestSite
 from .scope import RefusedSession, RequestScope, new_session
 

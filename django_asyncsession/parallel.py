@@ -26,24 +26,47 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeAlias
+from types import TracebackType
+from typing import Any, Protocol, Self, TypeAlias
 
 from django.db import router
 from django.db.models.query import QuerySet, RawQuerySet
 
 from .exceptions import PoolError, SessionStateError
-from .observe.statements import for_caller
-from .queries import SelectQuery
+from .observe.slow import for_caller
+from .orm.queries import SelectQuery
 from .statements import locks, reading
 from .transactions.transaction import Transaction
 
-if TYPE_CHECKING:
-    from .session import Session
-
 logger = logging.getLogger("django_asyncsession")
 
-Call: TypeAlias = "Callable[[Session], Awaitable[Any]]"
+# What it is given is a session.
+Call: TypeAlias = Callable[[Any], Awaitable[Any]]
 Read: TypeAlias = "SelectQuery[Any] | QuerySet[Any, Any] | RawQuerySet[Any] | Call"
+
+
+class ReadingSession(Protocol):
+    """What gathering needs of a session."""
+
+    alias: str
+    bind: Any
+    companions: Any
+
+    @property
+    def transaction(self) -> Transaction | None: ...
+
+    def reader(self, isolation: str | None) -> ReadingSession: ...
+
+    async def run_alone(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any: ...
+
+    async def __aenter__(self) -> Self: ...
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None: ...
 
 
 def checked(reads: Iterable[Read], alias: str, limit: int) -> list[Call]:
@@ -116,7 +139,7 @@ def _alias_of(queryset: Any) -> str | None:
     return queryset._db  # type: ignore[no-any-return]
 
 
-async def _awaited(read: Callable[[Session], Any], session: Session) -> Any:
+async def _awaited(read: Callable[[Any], Any], session: ReadingSession) -> Any:
     result = read(session)
     if not inspect.isawaitable(result):
         raise TypeError(
@@ -135,7 +158,7 @@ class Gathering:
         limit: connections to read on at the same time.
     """
 
-    def __init__(self, session: Session, calls: list[Call], limit: int) -> None:
+    def __init__(self, session: ReadingSession, calls: list[Call], limit: int) -> None:
         self._session = session
         # What knows the pool, in the types of a session no more than where connections come from.
         self._bind: Any = session.bind
@@ -143,7 +166,7 @@ class Gathering:
         self._results: list[Any] = [None] * len(calls)
         self._others = min(limit, len(calls)) - 1
         self._tasks: set[asyncio.Task[None]] = set()
-        self._waiting: dict[asyncio.Task[Any] | None, Session] = {}
+        self._waiting: dict[asyncio.Task[Any] | None, ReadingSession] = {}
         self._error: BaseException | None = None
         self.is_over = False
 
@@ -247,12 +270,12 @@ class Gathering:
         )
         return await self._alone()
 
-    def _reader(self) -> Session:
-        return self._session._reader("repeatable read" if self._bind.exports_snapshots else None)
+    def _reader(self) -> ReadingSession:
+        return self._session.reader("repeatable read" if self._bind.exports_snapshots else None)
 
     # The work
 
-    async def _together(self, first: Session, snapshot: str | None) -> list[Any]:
+    async def _together(self, first: ReadingSession, snapshot: str | None) -> list[Any]:
         async with asyncio.TaskGroup() as group:
             for _ in range(self._others):
                 self._tasks.add(group.create_task(self._read_on_another(snapshot)))
@@ -286,7 +309,7 @@ class Gathering:
         except Exception as error:
             self._fail(error)
 
-    async def _read(self, session: Session) -> None:
+    async def _read(self, session: ReadingSession) -> None:
         """Do what is left to do on this session's connection."""
         companions = self._session.companions
         own = session is self._session
@@ -306,7 +329,7 @@ class Gathering:
             if task is not None and not reader.transaction.holds_connection:  # type: ignore[union-attr]
                 task.cancel()
 
-    async def _one(self, call: Call, session: Session) -> Any:
+    async def _one(self, call: Call, session: ReadingSession) -> Any:
         outer = reading.get()
         reading.set(self)
         try:
@@ -338,17 +361,17 @@ def _state(transaction: Transaction) -> tuple[str, bool]:
     return wrapper.snapshot_state()
 
 
-async def _export(session: Session) -> str:
+async def _export(session: ReadingSession) -> str:
     """Name what the session sees."""
 
     def export() -> str:
         assert session.transaction is not None
         return session.transaction.wrapper.export_snapshot()
 
-    return await session.run_alone(export)
+    return str(await session.run_alone(export))
 
 
-async def _begin(session: Session, snapshot: str | None = None) -> None:
+async def _begin(session: ReadingSession, snapshot: str | None = None) -> None:
     """Take the session's connection, and let it see the snapshot, if one is given."""
     assert session.transaction is not None
     session.transaction.snapshot = snapshot

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from django.test import AsyncClient
 
     from .interface import Databases
-    from .session import Session
-    from .sharing import Sharing
-    from .testing import ExpectedQueries
+    from .session.session import Session
+    from .testing.queries import ExpectedQueries
+    from .testing.sharing import Sharing
 
 # pytest-django's fixture behind `db`, `transactional_db` and the mark `django_db`.
 BEHIND_DB = "_django_db_helper"
@@ -34,7 +34,7 @@ def pytest_fixture_setup(
     if fixturedef.argname != BEHIND_DB or _is_unittest(request):
         return (yield)
     if _has_real_transactions(request):
-        from .sharing import RealSessions
+        from .testing.sharing import RealSessions
 
         sessions = RealSessions()
         result = yield
@@ -65,7 +65,7 @@ def _has_real_transactions(request: pytest.FixtureRequest) -> bool:
 @pytest.fixture(scope="session")
 def _asyncsession_shared(django_db_setup: None) -> Generator[None]:
     """Closes the shared connections before the databases are dropped."""
-    from .sharing import close_shared
+    from .testing.sharing import close_shared
 
     yield
     close_shared()
@@ -74,7 +74,7 @@ def _asyncsession_shared(django_db_setup: None) -> Generator[None]:
 @pytest.fixture
 def _asyncsession_sharing(_asyncsession_shared: None) -> Generator[Sharing]:
     """Shares the connections until pytest-django has rolled back."""
-    from .sharing import Sharing
+    from .testing.sharing import Sharing
 
     sharing = Sharing()
     sharing.begin()
@@ -95,7 +95,7 @@ def async_databases(db: Any, _django_db_helper: None) -> Databases:
 def async_session(async_databases: Databases) -> Generator[Session]:
     """A session of the database that the middleware uses. It needs no `begin()`, sessions of the
     code under test nest in it, and what it did is rolled back."""
-    from .testing import own_session
+    from .testing.cases import own_session
 
     session = own_session()
     yield session
@@ -117,6 +117,6 @@ def async_client_native(async_databases: Databases) -> Generator[AsyncClient]:
 @pytest.fixture
 def async_assert_num_queries(async_databases: Databases) -> Callable[..., ExpectedQueries]:
     """`django_asyncsession.testing.async_assert_num_queries`."""
-    from .testing import async_assert_num_queries
+    from .testing.queries import async_assert_num_queries
 
     return async_assert_num_queries

@@ -17,10 +17,10 @@ from django.http import HttpRequest
 from .conf import settings
 from .exceptions import SyncContextError
 from .interface import databases
-from .observe.statements import ends
+from .native.sessions import SessionSet
+from .observe.slow import ends
 from .origins import RequestSite, Site
-from .session import Session
-from .sessionset import SessionSet
+from .session.session import Session
 from .transactions.transaction import end_later
 from .unread import Unread
 

@@ -21,7 +21,7 @@ from django.views import generic
 from . import bridge
 from .conf import settings
 from .exceptions import ConfigurationError
-from .routes import keeps_thread
+from .native.routes import keeps_thread
 
 if TYPE_CHECKING:
     from django.db.models import Model

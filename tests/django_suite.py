@@ -96,7 +96,7 @@ class Runner(DiscoverRunner):
         super().setup_test_environment(**kwargs)
         from django_asyncsession import native
         from django_asyncsession.bridge import answer_async_guards
-        from django_asyncsession.rows import blocked_access
+        from django_asyncsession.orm.snapshots import blocked_access
 
         answer_async_guards(blocked_access)
         native.install()
@@ -130,7 +130,7 @@ def download() -> Path:
 def main(vendor: str, *labels: str) -> None:
     """Run Django's test runner on the modules, or on those with these labels."""
     source = os.environ.get("DJANGO_SOURCE")
-    from django_asyncsession.testing import SharingTestCase
+    from django_asyncsession.testing.cases import SharingTestCase
 
     tests = (Path(source).resolve() if source else download()) / "tests"
     os.environ["SUITE_VENDOR"] = vendor

@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from django_asyncsession.backends.base import install_drivers
+from django_asyncsession.backends.engines import install_drivers
 from tests import servers
 
 SECRET_KEY = "only for tests"

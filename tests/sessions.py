@@ -13,7 +13,7 @@ from django.db import connections
 from django.test import override_settings
 
 from django_asyncsession import DatabaseInterface, Session
-from django_asyncsession.testing import QueryLog
+from django_asyncsession.testing.queries import QueryLog
 from tests.faults import FaultProxy, address, outcome_of
 
 INSERT = "INSERT INTO tests_user (name, level) VALUES (%s, 1)"

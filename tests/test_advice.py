@@ -30,7 +30,7 @@ from django_asyncsession import (
     databases,
     inject_session,
 )
-from django_asyncsession.sessionset import current
+from django_asyncsession.native.sessions import current
 from django_asyncsession.testing import AsyncSessionTestCase
 from tests.models import Author
 from tests.test_interface import dsn_of_tests

@@ -53,7 +53,7 @@ def said_by_others(path: Path) -> set[str]:
         member.name
         for node in tree(path).body
         if isinstance(node, ast.ClassDef)
-        and (node.name.startswith("_") or "backends" in path.parts)
+        and (node.name.startswith("_") or "backends" in path.parts or path.stem == "wrapper")
         for member in definitions(node)
     }
 

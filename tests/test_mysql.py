@@ -39,10 +39,10 @@ from django.db.backends.mysql import base
 from django.db.transaction import TransactionManagementError
 from django.db.utils import load_backend
 
-from django_asyncsession.backends.base import install_drivers
+from django_asyncsession import Session
+from django_asyncsession.backends.engines import install_drivers
 from django_asyncsession.exceptions import ConfigurationError, QueryTimeout
 from django_asyncsession.interface import DatabaseInterface
-from django_asyncsession.session import Session
 from tests.faults import (
     CLIENT,
     SERVER,

@@ -55,7 +55,7 @@ from django_asyncsession import (
     keep_thread,
     native,
 )
-from django_asyncsession.routes import ROUTES
+from django_asyncsession.native.routes import ROUTES
 from tests.models import Author, Book, Tag, User
 from tests.sessions import names, whole
 from tests.threads import sent_to_threads

@@ -20,7 +20,7 @@ from django.db.transaction import TransactionManagementError
 from django.db.utils import ConnectionHandler
 
 from django_asyncsession import DatabaseInterface, Session
-from django_asyncsession.backends.postgresql.base import RESET
+from django_asyncsession.backends.postgresql.connection import RESET
 from tests.postgres import ask, dsn_of_tests
 
 TENANT = "customer A"

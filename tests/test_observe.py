@@ -25,7 +25,7 @@ from django_asyncsession import (
     inject_session,
 )
 from django_asyncsession.bridge import await_
-from django_asyncsession.sessionset import SessionSet
+from django_asyncsession.native.sessions import SessionSet
 from tests.models import User
 from tests.sessions import slow
 

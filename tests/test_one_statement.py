@@ -78,7 +78,9 @@ async def test_a_text_of_several_statements_deletes_nothing(
     if not checked:
         for place in (raw, statements):
             monkeypatch.setattr(place, "check_one_statement", lambda *args: None)
-        monkeypatch.setattr("django_asyncsession.session.check_one_statement", lambda *args: None)
+        monkeypatch.setattr(
+            "django_asyncsession.session.session.check_one_statement", lambda *args: None
+        )
     for sql in SMUGGLED:
         session = db.get_session(autocommit=autocommit)
         try:

@@ -15,7 +15,7 @@ from django.db.transaction import TransactionManagementError
 from django.test import override_settings
 
 from django_asyncsession import DatabaseInterface, Session, databases
-from django_asyncsession.backends.base import TransactionOptions
+from django_asyncsession.backends.options import TransactionOptions
 from django_asyncsession.conf import settings
 from django_asyncsession.exceptions import CommitUnknown, ConfigurationError, QueryTimeout
 from django_asyncsession.transactions.transaction import Outcome

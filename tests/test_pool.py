@@ -22,7 +22,6 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from django_asyncsession import pool as pool_module
 from django_asyncsession.exceptions import (
     ConfigurationError,
     PoolClosed,
@@ -31,7 +30,10 @@ from django_asyncsession.exceptions import (
     WrongLoopError,
 )
 from django_asyncsession.origins import creation_site
-from django_asyncsession.pool import Lease, Pool, PoolOptions
+from django_asyncsession.pool import pool as pool_module
+from django_asyncsession.pool.lease import Lease
+from django_asyncsession.pool.options import PoolOptions
+from django_asyncsession.pool.pool import Pool
 from tests.faults import Elapsed, LoopProbe, cancel_at, longest_stall, outcome_of, watchdog
 
 STATS_OF_PSYCOPG_POOL = {

@@ -719,7 +719,7 @@ async def test_stopped_server_processes_keep_their_places_and_run_nothing_afterw
 async def test_a_stopped_server_process_is_replaced_in_the_end_while_it_is_still_stopped(
     own_server: OwnServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("django_asyncsession.pool.UNTOLD_BUDGET", 0.5)
+    monkeypatch.setattr("django_asyncsession.pool.pool.UNTOLD_BUDGET", 0.5)
     db = DatabaseInterface.from_dsn(own_server.dsn() + "?pool_max_size=1", alias="own")
     pid = await pid_of(db)
 

@@ -13,7 +13,8 @@ from urllib.parse import quote
 import pytest
 
 from django_asyncsession import ConfigurationError, DatabaseInterface
-from django_asyncsession.backends.base import Secret, make_wrapper, masked
+from django_asyncsession.backends.engines import make_wrapper
+from django_asyncsession.backends.secrets import Secret, masked
 
 SECRET = "tr0ub4dorAnd3"
 

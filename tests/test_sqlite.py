@@ -26,7 +26,8 @@ from django.db.transaction import TransactionManagementError
 from django.db.utils import ConnectionHandler
 from django.test import override_settings
 
-from django_asyncsession.backends.sqlite3.base import Mixin, _lines
+from django_asyncsession.backends.sqlite3.base import Mixin
+from django_asyncsession.backends.sqlite3.connection import _lines
 from django_asyncsession.exceptions import ConfigurationError, PoolTimeout, QueryTimeout
 from django_asyncsession.interface import DatabaseInterface
 from tests.faults import Elapsed, LoopProbe, cancel_at, longest_stall, outcome_of, watchdog

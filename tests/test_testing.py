@@ -21,7 +21,7 @@ from django.test import AsyncClient, Client, override_settings
 from django.urls import path
 from model_bakery import baker
 
-from django_asyncsession import Session, databases, inject_session, sharing
+from django_asyncsession import Session, databases, inject_session
 from django_asyncsession.exceptions import (
     PoolTimeout,
     SessionClosedError,
@@ -34,6 +34,7 @@ from django_asyncsession.testing import (
     async_assert_num_queries,
     capture_on_commit_callbacks,
     capture_queries,
+    sharing,
 )
 from django_asyncsession.views import UpdateView
 from tests.models import Author, Book, User

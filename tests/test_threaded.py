@@ -27,7 +27,7 @@ from django.db.backends.dummy import base as dummy
 from django.db.transaction import TransactionManagementError
 
 from django_asyncsession.backends import threaded
-from django_asyncsession.backends.base import bridged_class
+from django_asyncsession.backends.engines import bridged_class
 from django_asyncsession.exceptions import ConfigurationError, QueryTimeout, SessionClosedError
 from django_asyncsession.interface import DatabaseInterface
 from tests.faults import (

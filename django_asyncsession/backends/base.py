@@ -3,35 +3,30 @@ served."""
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-import enum
 import inspect
 import logging
-import math
 import re
 import weakref
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from functools import cache, partial
-from importlib import import_module
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from django.db import connections
 from django.db.backends.signals import connection_created
-from django.db.backends.utils import CursorWrapper
 from django.db.transaction import TransactionManagementError
-from django.db.utils import DatabaseErrorWrapper, Error, OperationalError, load_backend
+from django.db.utils import OperationalError
 from django.utils.functional import cached_property
 from greenlet import getcurrent, greenlet
 
 from django_asyncsession.bridge import await_
-from django_asyncsession.exceptions import AliasNotInSession, ConfigurationError, SessionClosedError
-from django_asyncsession.observe.statements import Timed, Watch, ends
+from django_asyncsession.exceptions import ConfigurationError, SessionClosedError
+from django_asyncsession.observe.slow import Timed, Watch, ends
 from django_asyncsession.scanner import Scanner, scanner
 from django_asyncsession.statements import change_in, reading
 
 from .attributes import Attributes
+from .cursors import Errors, _watched
+from .options import TransactionOptions, TransactionState
+from .secrets import _is_secret, _secret
 
 if TYPE_CHECKING:
     from django.db.backends.base.base import BaseDatabaseWrapper
@@ -53,77 +48,6 @@ else:
 
 logger = logging.getLogger("django_asyncsession")
 
-# Which module holds the mixin for a wrapper class that derives from one of Django's; the driver is
-# imported there.
-MIXINS = {
-    "django.db.backends.postgresql.base": "django_asyncsession.backends.postgresql.base",
-    "django.db.backends.mysql.base": "django_asyncsession.backends.mysql.base",
-    "django.db.backends.sqlite3.base": "django_asyncsession.backends.sqlite3.base",
-}
-ANY_DRIVER = "django_asyncsession.backends.threaded"
-# Which package installs the driver of an engine that asks for another one's. An engine of a third
-# party may derive from any of Django's, and cannot be asked before it is imported.
-STAND_INS = {
-    "django.db.backends.mysql": "django_asyncsession.backends.mysql",
-    "django.contrib.gis.db.backends.mysql": "django_asyncsession.backends.mysql",
-}
-KNOWN_ENGINES = ("django.db.backends.", "django.contrib.gis.", "django_asyncsession.")
-
-
-class TransactionState(enum.Enum):
-    """What the driver knows of the transaction on the server."""
-
-    IDLE = "idle"
-    ACTIVE = "in transaction"
-    FAILED = "in a failed transaction"
-    UNKNOWN = "unknown"
-
-
-@dataclasses.dataclass(frozen=True)
-class TransactionOptions:
-    """What holds for one transaction, and is gone with it. Times are in seconds; None leaves the
-    default."""
-
-    isolation: str | None = None
-    read_only: bool | None = None
-    deferrable: bool | None = None
-    timeout: float | None = None
-    lock_timeout: float | None = None
-    idle_timeout: float | None = None
-
-    LEVELS: ClassVar = ("read uncommitted", "read committed", "repeatable read", "serializable")
-
-    def __post_init__(self) -> None:
-        """Check the values.
-
-        Raises:
-            ConfigurationError: an unknown isolation level, or a time that is not a positive number.
-        """
-        if self.isolation is not None:
-            level = self.isolation.replace("_", " ").lower()
-            if level not in self.LEVELS:
-                raise ConfigurationError(
-                    f"unknown isolation level {self.isolation!r}; use one of {list(self.LEVELS)}"
-                )
-            object.__setattr__(self, "isolation", level)
-        for name in ("timeout", "lock_timeout", "idle_timeout"):
-            seconds = getattr(self, name)
-            if seconds is not None and not 0 < seconds < math.inf:
-                raise ConfigurationError(f"{name} is {seconds!r}; give seconds above 0, or None")
-
-    @property
-    def given(self) -> bool:
-        """Whether any option differs from the database's default."""
-        return self != TransactionOptions()
-
-
-class Secret(str):
-    """A password that prints as stars, in error pages too, where the locals of each frame are
-    shown."""
-
-    def __repr__(self) -> str:
-        return "'********'"
-
 
 # Statements that are not sent again with each reset, although a receiver sent them while
 # connecting: they change data or schema, or only ask.
@@ -138,143 +62,6 @@ def sets_something(sql: str) -> bool:
     """Whether a statement of a receiver of `connection_created` is to be sent again after each
     reset, as far as its text tells."""
     return "set_config" in sql.lower() or ONCE.match(sql) is None
-
-
-# What reads the rows of a statement.
-FETCHES = frozenset({"fetchone", "fetchmany", "fetchall", "nextset"})
-
-
-class SeenCursorMixin(CursorWrapper if TYPE_CHECKING else object):  # type: ignore[misc]
-    """A Django cursor that tells the wrapper what it sends, after the execute wrappers, which may
-    have changed it. What a driver sends meanwhile is known."""
-
-    db: BridgedMixin
-    # The statement that it sent last, while something watches.
-    timed: Timed
-
-    def _execute(self, sql: Any, params: Any, *context: Any) -> Any:
-        db = self.db
-        db.note_statement(sql)
-        if db._opening and not db.own_use:
-            db.note_set_up(sql, params)
-        outer, db.own_use = db.own_use, True
-        try:
-            if Watch.is_on:
-                self.timed = Timed(db, sql)
-                return self.timed.run(super()._execute, sql, params, *context)
-            return super()._execute(sql, params, *context)
-        finally:
-            db.own_use = outer
-
-    def _executemany(self, sql: Any, param_list: Any, *context: Any) -> Any:
-        db = self.db
-        db.note_statement(sql)
-        db.touched = db.touched or db._opening
-        outer, db.own_use = db.own_use, True
-        try:
-            if Watch.is_on:
-                self.timed = Timed(db, sql)
-                return self.timed.run(super()._executemany, sql, param_list, *context)
-            return super()._executemany(sql, param_list, *context)
-        finally:
-            db.own_use = outer
-
-    def callproc(self, *args: Any, **kwargs: Any) -> Any:
-        self.db.note_unseen("CALL")
-        if Watch.is_on:
-            self.timed = Timed(self.db, f"CALL {args[0] if args else kwargs.get('procname')}")
-            return self.timed.run(partial(super().callproc, *args, **kwargs))
-        return super().callproc(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        found = super().__getattr__(name)
-        if Watch.is_on and name in FETCHES and (timed := self.__dict__.get("timed")) is not None:
-            return partial(timed.run, found)
-        return found
-
-    def __iter__(self) -> Iterator[Any]:
-        rows: Iterator[Any] = super().__iter__()
-        timed = self.__dict__.get("timed") if Watch.is_on else None
-        return rows if timed is None else timed.each(rows)
-
-
-class WatchedCursorMixin(SeenCursorMixin):
-    """A Django cursor that dies with the lease it was made under."""
-
-    lease: object
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "close" and self.__dict__.get("lease") is not self.db.lease:
-            # What was given back is closed; code that unwinds must not trip over that.
-            return _nothing
-        if self.__dict__.get("lease") is not self.db.lease:
-            self._check_lease()
-        return super().__getattr__(name)
-
-    def __iter__(self) -> Iterator[Any]:
-        self._check_lease()
-        return iter(super().__iter__())
-
-    def execute(self, sql: Any, params: Any = None) -> Any:
-        if self.__dict__.get("lease") is not self.db.lease:
-            self._check_lease()
-        return super().execute(sql, params)
-
-    def executemany(self, sql: Any, param_list: Any) -> Any:
-        self._check_lease()
-        return super().executemany(sql, param_list)
-
-    def callproc(self, *args: Any, **kwargs: Any) -> Any:
-        self._check_lease()
-        return super().callproc(*args, **kwargs)
-
-    def close(self) -> None:
-        # A generator that is dropped closes its cursor wherever that happens, where nothing can be
-        # awaited: the cursor ends with its transaction anyway.
-        db = self.db
-        if (
-            self.__dict__.get("lease") is db.lease
-            and db.serving is not None
-            and db.serving() is getcurrent()
-        ):
-            # Of a cursor on the server it is a statement. Django leaves it unwrapped.
-            with db.wrap_database_errors:
-                self.cursor.close()
-        else:
-            db.forget_cursor(self)
-
-    def _check_lease(self) -> None:
-        if self.__dict__.get("lease") is not self.db.lease:
-            raise SessionClosedError(
-                f"a cursor of {self.db.alias!r} is used after its session gave the connection "
-                "back; "
-                "fetch the rows before the session ends"
-            )
-
-
-class Errors(DatabaseErrorWrapper):
-    """Django's translation of the driver's errors, without the reference cycle that it makes.
-
-    The frame that raises the error has it as a local, and so keeps it, with every frame that it
-    passes through (and a request's session) until the garbage collector runs.
-    """
-
-    def __exit__(self, *exc_info: Any) -> None:
-        try:
-            super().__exit__(*exc_info)
-        except Error as error:
-            assert error.__traceback__ is not None and error.__traceback__.tb_next is not None
-            error.__traceback__.tb_next.tb_frame.clear()
-            raise
-
-
-def _nothing() -> None:
-    pass
-
-
-@cache
-def _watched(cursor_class: Any) -> type:
-    return type(f"Watched{cursor_class.__name__}", (WatchedCursorMixin, cursor_class), {})
 
 
 class BridgedMixin(_Wrapper):
@@ -342,7 +129,7 @@ class BridgedMixin(_Wrapper):
     # What the driver is sending was shown by a cursor of Django's, or is the backend's own.
     own_use = False
     # What stands for other aliases; of one lease, as code may set attributes there too.
-    _others: dict[str, Any] | None = None
+    stand_ins: dict[str, Any] | None = None
     # What this object was like when the connection had been opened.
     _opened: Attributes | None = None
     _opening = False
@@ -418,19 +205,6 @@ class BridgedMixin(_Wrapper):
         for name in filter(_is_secret, params):
             params[name] = _secret(params[name])
         return params
-
-    def for_alias(self, alias: str) -> Any:
-        """What stands for `alias` in the call that this connection is given to; None for an alias
-        that DATABASES does not have."""
-        if alias == self.alias:
-            return self
-        if alias not in connections.settings:
-            return None
-        if self._others is None:
-            self._others = {}
-        if alias not in self._others:
-            self._others[alias] = refusing(alias)
-        return self._others[alias]
 
     def is_quiet(self) -> bool:
         """Whether nothing came from the server since the last statement, neither its end of the
@@ -806,181 +580,3 @@ class BridgedMixin(_Wrapper):
 
 # A task of the pool's opens connections, whoever waits for one.
 ends[BridgedMixin.open.__code__] = "the opening of a connection"
-
-# What Django hides in the settings that its error pages show, and what may set anything.
-_is_secret = re.compile(
-    "API|AUTH|TOKEN|KEY|SECRET|PASS|SIGNATURE|^(options|init_command)$", re.IGNORECASE
-).search
-
-
-def _secret(value: Any) -> Any:
-    """The password, masked; a callable is called for it at each connect, and awaited if it is a
-    coroutine function."""
-    if callable(value):
-        value = value()
-        if isinstance(value, Awaitable):
-            value = await_(value)
-    return Secret(value) if isinstance(value, str) else value
-
-
-class RefusingMixin(_Wrapper):
-    """A wrapper that never connects, for the aliases that a session does not own."""
-
-    def connect(self) -> None:
-        raise AliasNotInSession(
-            f"{self.alias!r} is not the database of this session; "
-            f"open one for it: databases[{self.alias!r}].get_session()"
-        )
-
-    def validate_thread_sharing(self) -> None:
-        """Nothing is shared: there is no connection."""
-
-
-def refusing(alias: str) -> Any:
-    """A wrapper that stands for `alias` in the calls of a session that does not own it."""
-    settings_dict = copy.deepcopy(connections.settings[alias])
-    return _refusing_class(settings_dict["ENGINE"])(settings_dict, alias)
-
-
-@cache
-def _refusing_class(engine: str) -> Any:
-    try:
-        base = wrapper_class(engine)
-    except ConfigurationError:
-        # Its driver is missing. That is no business of a session that does not use it.
-        base = wrapper_class("django.db.backends.dummy")
-    return type("RefusingDatabaseWrapper", (RefusingMixin, base), {})
-
-
-def wrapper_class(engine: str) -> Any:
-    """The engine's own wrapper class.
-
-    Raises:
-        ConfigurationError: there is no such engine, its driver is not installed, or importing it
-            fails for a reason of its own.
-    """
-    install_drivers([engine])
-    try:
-        return load_backend(engine).DatabaseWrapper
-    except Exception as exc:
-        raise _unusable(engine, exc) from exc
-
-
-def _unusable(engine: str, reason: Exception) -> ConfigurationError:
-    """The error for an engine that cannot be imported, with the extra that brings its driver."""
-    said = " ".join(str(reason.__cause__ or reason).rstrip(".").split())
-    extra = {"postgresql": "postgresql", "postgis": "postgresql", "mysql": "mysql"}.get(
-        engine.rpartition(".")[2]
-    )
-    remedy = f"pip install 'django-asyncsession[{extra}]'" if extra else "see ENGINE in DATABASES"
-    return ConfigurationError(f"sessions cannot use the engine {engine!r}: {said}; {remedy}")
-
-
-class MissingMixin(_Wrapper):
-    """A wrapper that never connects, for an engine that cannot be imported."""
-
-    # Why not, and what to do.
-    error: ConfigurationError
-
-    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
-        raise ConfigurationError(str(self.error)) from self.error.__cause__
-
-    connect = ensure_connection = _cursor = _commit = _set_autocommit = _refuse
-
-
-def missing(settings_dict: dict[str, Any], alias: str, error: ConfigurationError) -> Any:
-    """The wrapper of an alias whose engine cannot be imported, so that Django starts and its checks
-    can say so."""
-    base = load_backend("django.db.backends.dummy").DatabaseWrapper
-    return type("MissingDatabaseWrapper", (MissingMixin, base), {"error": error})(
-        settings_dict, alias
-    )
-
-
-def install_drivers(engines: Iterable[str]) -> None:
-    """Let Django find the drivers of these engines where others stand in for them.
-
-    A driver that is not installed is left to Django's own message.
-    """
-    engines = set(engines)
-    wanted = {STAND_INS[engine] for engine in STAND_INS.keys() & engines}
-    if any(engine and not engine.startswith(KNOWN_ENGINES) for engine in engines):
-        wanted.update(STAND_INS.values())
-    for package in wanted:
-        with suppress(ImportError):
-            import_module(package).install_driver()
-
-
-def import_engines(engines: Iterable[str]) -> None:
-    """Import what sessions on these engines need, so that the first of them does not hold the event
-    loop up meanwhile.
-
-    An engine that cannot be imported, or bridged, is left to the error at its first use: a project
-    may never come to that, and can use what else it has.
-    """
-    for engine in set(engines):
-        try:
-            bridged_class(engine)
-        except Exception as exc:
-            logger.debug("engine %r is not imported before its first use: %r", engine, exc)
-
-
-@cache
-def bridged_class(engine: str) -> type[BridgedMixin]:
-    """The bridged subclass of an engine's own wrapper class.
-
-    Args:
-        engine: an ENGINE of DATABASES; third-party ones and this package's own included.
-
-    Raises:
-        ConfigurationError: the engine cannot be bridged.
-    """
-    base = wrapper_class(engine)
-    if issubclass(base, BridgedMixin):
-        return base  # type: ignore[no-any-return]
-    modules = [cls.__module__ for cls in base.__mro__]
-    if "django.db.backends.dummy.base" in modules:
-        raise ConfigurationError("no ENGINE is set; set one in DATABASES")
-    module = next((MIXINS[m] for m in modules if m in MIXINS), ANY_DRIVER)
-    try:
-        mixin = import_module(module).Mixin
-    except ImportError as exc:
-        # Django's backend takes another driver, or one that is too old for sessions.
-        raise _unusable(engine, exc) from exc
-    return type("DatabaseWrapper", (mixin, base), {"__module__": base.__module__})
-
-
-def make_wrapper(
-    alias: str, settings_dict: Mapping[str, Any], cls: type[BridgedMixin] | None = None
-) -> BridgedMixin:
-    """A pooled wrapper, not connected yet, for the settings of an alias. The settings are copied.
-
-    Args:
-        cls: its class; None takes that of the engine.
-
-    Raises:
-        ConfigurationError: the engine cannot be bridged.
-    """
-    # The argument too is a local of this frame, which an error page would show.
-    settings_dict = own = masked(settings_dict)
-    # The pool is ours; Django's own, in the same place, must not open one beside it.
-    own["OPTIONS"].pop("pool", None)
-    # How long a connection lives, and when it is checked, is the pool's business.
-    own.update(CONN_MAX_AGE=None, CONN_HEALTH_CHECKS=False, AUTOCOMMIT=True)
-    wrapper: Any = (cls or bridged_class(own["ENGINE"]))(own, alias)
-    wrapper.pooled = True
-    return wrapper  # type: ignore[no-any-return]
-
-
-def masked(settings_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of an alias's settings whose passwords print as stars, in its options too, however
-    deep."""
-    return {name: _masked(name, value) for name, value in settings_dict.items()}
-
-
-def _masked(name: Any, value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {inner: _masked(inner, value[inner]) for inner in value}
-    if isinstance(value, str) and _is_secret(str(name)):
-        return Secret(value)
-    return copy.deepcopy(value)

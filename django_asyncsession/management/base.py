@@ -11,9 +11,10 @@ from django.core.management.base import BaseCommand, CommandParser
 from django.db import connections
 
 from django_asyncsession.conf import settings
-from django_asyncsession.management.loop import LoopFactory, run
 from django_asyncsession.scope import RequestScope, new_session
-from django_asyncsession.session import Session
+from django_asyncsession.session.session import Session
+
+from .loop import LoopFactory, run
 
 
 class AsyncCommand(BaseCommand):

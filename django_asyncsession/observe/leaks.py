@@ -15,9 +15,10 @@ from typing import Any
 
 from django_asyncsession import bridge
 from django_asyncsession.origins import is_ours, made
-from django_asyncsession.pool import Lease, Pool
+from django_asyncsession.pool.lease import Lease
+from django_asyncsession.pool.pool import Pool
 
-from .statements import shown
+from .slow import shown
 
 logger = logging.getLogger("django_asyncsession.leaks")
 

@@ -4,20 +4,60 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Protocol, Self, TypeVar
 
 from django.db.transaction import Atomic, TransactionManagementError
 
+from django_asyncsession.backends.base import BridgedMixin
 from django_asyncsession.exceptions import SessionStateError
 from django_asyncsession.statements import check_savepoint_name
 
 from .checkout import CLEANUP_BUDGET, nothing_can_wait
-
-if TYPE_CHECKING:
-    from .transaction import Transaction
+from .hooks import Hooks
+from .levels import Levels
+from .turn import Mark
 
 logger = logging.getLogger("django_asyncsession")
+
+T = TypeVar("T")
+
+
+class Nestable(Protocol):
+    """What a block needs of the transaction that it is in."""
+
+    alias: str
+    hooks: Hooks
+    levels: Levels[Block]
+
+    @property
+    def wrapper(self) -> BridgedMixin: ...
+
+    @property
+    def is_lost(self) -> bool: ...
+
+    async def run(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> T: ...
+
+    async def take_turn(self) -> Mark: ...
+
+    def leave_turn(self, mark: Mark) -> None: ...
+
+    async def call(
+        self, fn: Callable[..., T], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> T: ...
+
+    async def call_within(self, seconds: float, fn: Callable[[], T]) -> T: ...
+
+    def send_rollback_to(self, sid: str) -> None: ...
+
+    def open_block(self, block: Block) -> None: ...
+
+    def close_block(self) -> None: ...
+
+    def lose_block(self, block: Block) -> None: ...
+
+    def abandon(self) -> None: ...
 
 
 class Block:
@@ -34,7 +74,7 @@ class Block:
 
     def __init__(
         self,
-        transaction: Transaction,
+        transaction: Nestable,
         *,
         name: str | None = None,
         savepoint: bool = True,

@@ -15,7 +15,8 @@ from typing import Any, NoReturn, ParamSpec, Protocol, TypeVar
 from django.db import Error, OperationalError
 
 from django_asyncsession import bridge
-from django_asyncsession.backends.base import BridgedMixin, TransactionOptions, TransactionState
+from django_asyncsession.backends.base import BridgedMixin
+from django_asyncsession.backends.options import TransactionOptions, TransactionState
 from django_asyncsession.exceptions import (
     QueryTimeout,
     SessionClosedError,
@@ -24,7 +25,7 @@ from django_asyncsession.exceptions import (
     WrongLoopError,
 )
 from django_asyncsession.origins import RequestSite, Site, creation_site, loop_name, made, task_name
-from django_asyncsession.pool import Lease
+from django_asyncsession.pool.lease import Lease
 from django_asyncsession.signals import connection_leased
 from django_asyncsession.threadlocals import Contents
 

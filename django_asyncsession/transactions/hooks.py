@@ -6,13 +6,10 @@ import asyncio
 import inspect
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from django_asyncsession import bridge
 from django_asyncsession.backends.base import BridgedMixin
-
-if TYPE_CHECKING:
-    from .blocks import Block
 
 logger = logging.getLogger("django_asyncsession")
 
@@ -28,7 +25,7 @@ class Hooks:
 
     def __init__(self) -> None:
         self._commit: list[tuple[Hook, bool]] = []
-        self._rollback: list[tuple[Block | None, Hook]] = []
+        self._rollback: list[tuple[object, Hook]] = []
 
     def __bool__(self) -> bool:
         """Whether a callback waits for a commit although nothing was sent yet."""
@@ -50,7 +47,7 @@ class Hooks:
             # In a callback of the commit: `call_waiting` comes to it.
             _waiting(wrapper).append((set(), call, robust))
 
-    def on_rollback(self, func: Hook, block: Block | None) -> None:
+    def on_rollback(self, func: Hook, block: object) -> None:
         """Call `func` when the block, or what it is nested in, is rolled back.
 
         Raises:
@@ -86,13 +83,13 @@ class Hooks:
         hooks, self._rollback[rollbacks:] = self._rollback[rollbacks:], []
         await _call_all(func for _, func in hooks)
 
-    async def rolled_back(self, block: Block | None) -> None:
+    async def rolled_back(self, block: object) -> None:
         """Call the callbacks of the block, or all of them when the whole transaction is undone."""
         hooks = [func for owner, func in self._rollback if block is None or owner is block]
         self._rollback = [(b, f) for b, f in self._rollback if block is not None and b is not block]
         await _call_all(hooks)
 
-    def pass_on(self, block: Block, outer: Block | None) -> None:
+    def pass_on(self, block: object, outer: object) -> None:
         """Let the outer block take over: only with it will this one be rolled back."""
         self._rollback = [(outer if b is block else b, func) for b, func in self._rollback]
 

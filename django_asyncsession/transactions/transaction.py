@@ -13,7 +13,8 @@ from typing import Any, Self
 from django.db import Error
 from django.db.transaction import Atomic, TransactionManagementError
 
-from django_asyncsession.backends.base import BridgedMixin, TransactionOptions, TransactionState
+from django_asyncsession.backends.base import BridgedMixin
+from django_asyncsession.backends.options import TransactionOptions, TransactionState
 from django_asyncsession.exceptions import CommitUnknown, SessionClosedError, SessionStateError
 from django_asyncsession.origins import Site, creation_site
 from django_asyncsession.signals import connection_leased

@@ -11,12 +11,14 @@ from collections.abc import Awaitable, Callable, Mapping
 from functools import cache, cached_property, partial
 from typing import TYPE_CHECKING, Any
 
-from django_asyncsession.backends.base import BridgedMixin, TransactionOptions, TransactionState
-from django_asyncsession.backends.mysql import install_driver
+from django_asyncsession.backends.base import BridgedMixin
+from django_asyncsession.backends.options import TransactionOptions, TransactionState
 from django_asyncsession.backends.sockets import has_hung_up, is_quiet
 from django_asyncsession.bridge import await_, in_bridge
 from django_asyncsession.exceptions import ConfigurationError
 from django_asyncsession.scanner import MySQLScanner, Scanner, stripped
+
+from . import install_driver
 
 # Before Django's backend, and what is below, import it.
 install_driver()
@@ -29,7 +31,9 @@ from asyncmy.connection import Connection as Driver  # noqa: E402
 from django.db.backends.mysql import base  # noqa: E402
 from django.db.backends.utils import typecast_time  # noqa: E402
 
-from . import driver  # noqa: E402
+from . import connection as driver  # noqa: E402
+from .errors import SERVER_LOST, translated  # noqa: E402
+from .killer import killer_for  # noqa: E402
 from .values import time_or_text  # noqa: E402
 
 if TYPE_CHECKING:
@@ -142,9 +146,9 @@ class Mixin(BridgedMixin, _Base):
         try:
             await_(_connect(raw, seconds, init_sql))
         except errors.MySQLError as exc:
-            raise driver.translated(exc) from exc
+            raise translated(exc) from exc
         key = (self.alias, *(conn_params.get(name) for name in PLACE))
-        connection = driver.Connection(self, raw, init_sql, driver.killer_for(key, make))
+        connection = driver.Connection(self, raw, init_sql, killer_for(key, make))
         connection.sets_more = connection._may_differ = bool(conn_params.get("init_command"))
         return connection
 
@@ -423,7 +427,7 @@ async def _connect(raw: Any, seconds: float, init_sql: str) -> None:
     except TimeoutError as exc:
         raw.close()
         raise errors.OperationalError(
-            driver.SERVER_LOST, f"no answer from the server within {seconds} s while connecting"
+            SERVER_LOST, f"no answer from the server within {seconds} s while connecting"
         ) from exc
     except BaseException:
         raw.close()

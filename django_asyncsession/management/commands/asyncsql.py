@@ -27,7 +27,7 @@ from django_asyncsession.management.job import Job, describe, make_job, one_line
 from django_asyncsession.management.loop import run
 from django_asyncsession.results import BaseResultSet
 from django_asyncsession.scanner import scanner
-from django_asyncsession.session import Session
+from django_asyncsession.session.session import Session
 from django_asyncsession.statements import is_query
 
 logger = logging.getLogger("django_asyncsession.asyncsql")

@@ -21,19 +21,23 @@ from django.core.exceptions import ImproperlyConfigured
 from django.db import connections
 from django.db.transaction import TransactionManagementError
 
-from . import bridge
-from .backends.base import BridgedMixin, TransactionState, make_wrapper
-from .backends.shared import END_SECONDS, TURN_SECONDS, Exclusive, SharedMixin, over, shared_class
-from .exceptions import (
+from django_asyncsession import bridge
+from django_asyncsession.backends.base import BridgedMixin
+from django_asyncsession.backends.engines import make_wrapper
+from django_asyncsession.backends.options import TransactionState
+from django_asyncsession.exceptions import (
     ConfigurationError,
     PoolTimeout,
     SessionInUseError,
     SharedConnectionWarning,
 )
-from .interface import IDENTITY, DatabaseInterface, databases
-from .origins import creation_site, made, task_name
-from .pool import Lease, Pool
-from .transactions.checkout import taken
+from django_asyncsession.interface import IDENTITY, DatabaseInterface, databases
+from django_asyncsession.origins import creation_site, made, task_name
+from django_asyncsession.pool.lease import Lease
+from django_asyncsession.pool.pool import Pool
+from django_asyncsession.transactions.checkout import taken
+
+from .wrapper import END_SECONDS, TURN_SECONDS, Exclusive, SharedMixin, over, shared_class
 
 
 class SharedLease(Lease[BridgedMixin]):

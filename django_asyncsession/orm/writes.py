@@ -17,9 +17,10 @@ from django.db.models.deletion import Collector
 from django.db.models.expressions import Col
 from django.db.models.sql.query import Query
 
-from . import rows
+from django_asyncsession.results import Row
+
+from . import saving, snapshots
 from .columns import Column, Operators, Setter
-from .results import Row
 
 
 class Excluded(Operators, F):
@@ -70,7 +71,7 @@ def insert(
     using: str,
     conflict: Conflict | None,
     returning: tuple[Any, ...] | None,
-    write: rows.Write,
+    write: snapshots.Write,
 ) -> list[Any]:
     """Inserts rows, one statement per model and batch; without `save()` and its signals.
 
@@ -80,18 +81,18 @@ def insert(
         NotSupportedError: the database, or a model with parent tables, cannot do it.
     """
     by_model: dict[type[Model], list[Any]] = {}
-    undos = [rows.before_write(row, write) for row in instances]
+    undos = [snapshots.before_write(row, write) for row in instances]
     for row in instances:
-        rows.complete(row, using)
+        saving.complete(row, using)
         by_model.setdefault(type(row), []).append(row)
     plans = [_plan(m, group, using, conflict, returning) for m, group in by_model.items()]
     result: list[Any] = []
     # What cannot work was refused above, outside of the block, which an error dooms.
-    with rows.all_or_none(using, write):
+    with saving.all_or_none(using, write):
         for plan in plans:
             result += plan()
         if conflict is None and returning is None:
-            rows.after_write(instances, undos)
+            snapshots.after_write(instances, undos)
     return list(instances) if returning is None else result
 
 
@@ -123,7 +124,7 @@ def _plan(
 def _insert_each(group: list[Any], using: str) -> list[Any]:
     for row in group:
         row.save(using=using, force_insert=True)
-    rows.fetch_missing(group, using)
+    saving.fetch_missing(group, using)
     return group
 
 
@@ -134,17 +135,17 @@ def _parents(model: type[Model]) -> Iterable[Any]:
 def _bulk_create(model: type[Model], group: list[Any], using: str) -> list[Any]:
     if (own := _own_bulk_create(model, using)) is not None:
         own(group, None)
-        rows.fetch_missing(group, using)
+        saving.fetch_missing(group, using)
         return group
     features = connections[using].features
-    keyless = [row for row in group if None in rows.get_pk(row)]
+    keyless = [row for row in group if None in saving.get_pk(row)]
     if keyless and not features.can_return_rows_from_bulk_insert and model._meta.auto_field:
         # Only a single-row INSERT tells the key that the database chose.
         for row in group:
             row.save_base(using=using, force_insert=True)
     else:
-        rows.on(model._base_manager, using).bulk_create(group)
-    rows.fetch_missing(group, using)
+        snapshots.on(model._base_manager, using).bulk_create(group)
+    saving.fetch_missing(group, using)
     return group
 
 
@@ -152,7 +153,7 @@ def _own_bulk_create(model: type[Model], using: str) -> Callable[..., Any] | Non
     """That of the default manager or its QuerySet, if it is not Django's; what it inserts with is
     then the QuerySet's `_batched_insert`, given as `insert`."""
     manager = cast(Any, model._default_manager).db_manager(using)
-    queryset = rows.on(manager, using)
+    queryset = snapshots.on(manager, using)
     by_manager = type(manager).bulk_create.__code__ is not Manager.bulk_create.__code__
     if not by_manager and not is_own(queryset, "bulk_create"):
         return None
@@ -192,10 +193,10 @@ class _InsertStatement:
         self.own = _own_bulk_create(model, using)
 
         for row in group:
-            if None in rows.get_pk(row):
+            if None in saving.get_pk(row):
                 row.pk = row._meta.pk.get_pk_value_on_save(row)
-        with_key = [row for row in group if None not in rows.get_pk(row)]
-        without = [row for row in group if None in rows.get_pk(row)]
+        with_key = [row for row in group if None not in saving.get_pk(row)]
+        without = [row for row in group if None in saving.get_pk(row)]
         self.batches = [
             (batch, self._conflict_sql(batch)) for batch in (with_key, without) if batch
         ]
@@ -208,7 +209,7 @@ class _InsertStatement:
         for row in self.group:
             row._state.adding, row._state.db = False, self.using
         if self.returning is None:
-            rows.fetch_missing(self.group, self.using)
+            saving.fetch_missing(self.group, self.using)
         return result
 
     def _run_own(self, bulk_create: Callable[..., Any]) -> list[Any]:
@@ -238,7 +239,7 @@ class _InsertStatement:
 
     def _run_batch(self, batch: list[Any], suffix: str, params: tuple[Any, ...]) -> list[Any]:
         fields = [f for f in self.model._meta.concrete_fields if not f.generated]
-        keyless = None in rows.get_pk(batch[0])
+        keyless = None in saving.get_pk(batch[0])
         columns = [f for f in fields if not (keyless and isinstance(f, AutoField))]
         size = self.connection.ops.bulk_batch_size(columns, batch)
         # The parameters of the clause count against the same limit.
@@ -343,7 +344,7 @@ class _ConflictClause:
         if not target:
             return
         others = {key for key in _unique_sets(self.model) if key != target}
-        if all(None in rows.get_pk(row) for row in batch):
+        if all(None in saving.get_pk(row) for row in batch):
             # A key that the database chooses meets no other.
             others.discard(frozenset(f.name for f in self.model._meta.pk_fields))
         if others:
@@ -480,7 +481,7 @@ def shaped(
         return [Row(names, values) for values in found]
     names = tuple(f.attname for f in fields)
     made = [model.from_db(using, names, values) for values in found]
-    rows.remember(made)
+    snapshots.remember(made)
     return made
 
 
@@ -491,20 +492,20 @@ def _pairs(asked: tuple[Any, ...], fields: Sequence[Any]) -> Iterable[tuple[Any,
     return ((f.name, f) for f in fields)
 
 
-def update_rows(instances: Sequence[Any], using: str, write: rows.Write) -> int:
+def update_rows(instances: Sequence[Any], using: str, write: snapshots.Write) -> int:
     """Updates loaded rows to their own values, one statement per model and batch; the count."""
     by_model: dict[type[Model], list[Any]] = {}
     for row in instances:
         by_model.setdefault(type(row), []).append(row)
     total = 0
-    with rows.all_or_none(using, write):
+    with saving.all_or_none(using, write):
         for model, group in by_model.items():
-            undos = [rows.before_write(row, write) for row in group]
-            names = sorted({name for row in group for name in rows.changed(row)})
+            undos = [snapshots.before_write(row, write) for row in group]
+            names = sorted({name for row in group for name in snapshots.changed(row)})
             if names:
                 total += _bulk_update(model, using)(group, names)
-                rows.fetch_missing(group, using)
-                rows.after_write(group, undos)
+                saving.fetch_missing(group, using)
+                snapshots.after_write(group, undos)
     return total
 
 
@@ -513,11 +514,11 @@ def _bulk_update(model: type[Model], using: str) -> Callable[..., int]:
     manager, which finds rows that the default one hides."""
     manager = cast(Any, model._default_manager).db_manager(using)
     by_manager = type(manager).bulk_update.__code__ is not Manager.bulk_update.__code__
-    queryset = rows.on(manager, using)
+    queryset = snapshots.on(manager, using)
     if by_manager or is_own(queryset, "bulk_update"):
         manager.get_queryset = lambda: queryset
         return cast("Callable[..., int]", manager.bulk_update)
-    return cast("Callable[..., int]", rows.on(model._base_manager, using).bulk_update)
+    return cast("Callable[..., int]", snapshots.on(model._base_manager, using).bulk_update)
 
 
 def update_returning(
@@ -553,7 +554,9 @@ def _update_and_read(
     with transaction.atomic(using=using, savepoint=False):
         keys = [row.pk for row in _locked(queryset)]
         queryset.filter(pk__in=keys).update(**values)
-        there = {row.pk: row for row in rows.on(model._base_manager, using).filter(pk__in=keys)}
+        there = {
+            row.pk: row for row in snapshots.on(model._base_manager, using).filter(pk__in=keys)
+        }
         found = [_values(there[key], fields) for key in keys if key in there]
     return shaped(model, using, fields, returning, found)
 
@@ -580,7 +583,7 @@ def delete_returning(queryset: QuerySet[Any], returning: tuple[Any, ...]) -> lis
     with transaction.atomic(using=using, savepoint=False):
         there = _locked(queryset)
         values = [_values(row, fields) for row in there]
-        rest = queryset if own else rows.on(model._base_manager, using)
+        rest = queryset if own else snapshots.on(model._base_manager, using)
         rest.filter(pk__in=[row.pk for row in there]).delete()
     return shaped(model, using, fields, returning, values)
 

@@ -18,15 +18,15 @@ from typing import Any, ParamSpec, TypeVar, cast
 from django.db import connections
 from greenlet import getcurrent, greenlet
 
-from . import bridge
-from .backends.base import BridgedMixin
-from .conf import settings
-from .exceptions import SessionClosedError, SessionInUseError
-from .interface import databases
-from .origins import task_name
-from .session import Session
-from .transactions.checkout import taken
-from .unread import Unread
+from django_asyncsession import bridge
+from django_asyncsession.backends.base import BridgedMixin
+from django_asyncsession.conf import settings
+from django_asyncsession.exceptions import SessionClosedError, SessionInUseError
+from django_asyncsession.interface import databases
+from django_asyncsession.origins import task_name
+from django_asyncsession.session.session import Session
+from django_asyncsession.transactions.checkout import taken
+from django_asyncsession.unread import Unread
 
 logger = logging.getLogger("django_asyncsession")
 
@@ -363,7 +363,7 @@ class Call(bridge.Bridge):
     gets from the greenlet it runs below; that changes with each connection it takes."""
 
     def __init__(self, sessions: SessionSet, runners: Mapping[str, Runner]) -> None:
-        super().__init__(bridge._call)
+        super().__init__(bridge.call)
         # The same context object, not a copy: what the code sets, the caller sees.
         self.gr_context = getcurrent().gr_context
         self.sessions = sessions

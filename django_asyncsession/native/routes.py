@@ -16,7 +16,7 @@ from django.http import HttpResponse
 from django.http.response import HttpResponseBase
 from django.template.response import SimpleTemplateResponse
 
-from .conf import settings
+from django_asyncsession.conf import settings
 
 # The versions of Django whose modules were read; Django's own tests of async code run in sessions
 # on the oldest and the newest.

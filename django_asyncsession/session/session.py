@@ -24,26 +24,30 @@ from weakref import ref
 from django.db import connections
 from django.db.models import Model
 
-from . import (
-    installed,  # noqa: F401  Says so if the app is missing.
-    parallel,
-    rows,
-    threadlocals,
+from django_asyncsession import installed, parallel, threadlocals  # noqa: F401  Says so if the app is missing.
+from django_asyncsession.backends.options import TransactionOptions
+from django_asyncsession.exceptions import SessionStateError, StreamTimeout
+from django_asyncsession.observe.slow import Watch
+from django_asyncsession.origins import Site, creation_site, made, task_reference
+from django_asyncsession.orm import loading, saving, snapshots
+from django_asyncsession.orm.changes import DeleteQuery, InsertQuery, UpdateQuery
+from django_asyncsession.orm.queries import SelectQuery
+from django_asyncsession.orm.relations import Related
+from django_asyncsession.orm.tables import RowTable, model_of
+from django_asyncsession.results import BaseResultSet, Reader, Row
+from django_asyncsession.statements import check_one_statement
+from django_asyncsession.transactions.blocks import Block
+from django_asyncsession.transactions.checkout import (
+    Source,
+    State,
+    check_loop,
+    nothing_can_wait,
+    session_closed,
 )
-from .backends.base import TransactionOptions
-from .exceptions import SessionStateError, StreamTimeout
-from .observe.statements import Watch
-from .origins import Site, creation_site, made, task_reference
-from .queries import DeleteQuery, InsertQuery, Related, SelectQuery, UpdateQuery
-from .results import BaseResultSet, Reader, Row
-from .statements import check_one_statement
-from .tables import RowTable, model_of
-from .transactions.blocks import Block
-from .transactions.checkout import Source, State, check_loop, nothing_can_wait, session_closed
-from .transactions.hooks import call_now
-from .transactions.raw import Params
-from .transactions.transaction import Outcome, Transaction, end_later
-from .unread import Unread
+from django_asyncsession.transactions.hooks import call_now
+from django_asyncsession.transactions.raw import Params
+from django_asyncsession.transactions.transaction import Outcome, Transaction, end_later
+from django_asyncsession.unread import Unread
 
 if TYPE_CHECKING:
     from django.http import HttpRequest, HttpResponse
@@ -658,7 +662,7 @@ class Session:
         transaction = None if self._is_one_statement_mode else await self._current()
         return await parallel.Gathering(self, calls, limit).run(transaction)
 
-    def _reader(self, isolation: str | None) -> Session:
+    def reader(self, isolation: str | None) -> Session:
         """A new session for reading beside this one."""
         given = self._options
         # Not `idle_timeout`: it waits for the others while it has nothing to do.
@@ -757,7 +761,7 @@ class Session:
             RowNotFound: the loaded row is not in the database any more.
             Django's database errors.
         """
-        await self.run_write(rows.add, row, self.alias)
+        await self.run_write(saving.add, row, self.alias)
         return row
 
     async def add_all(self, given: Iterable[M]) -> list[M]:
@@ -767,11 +771,11 @@ class Session:
             As `add`.
         """
         every = list(given)
-        await self.run_write(rows.add_all, every, self.alias)
+        await self.run_write(saving.add_all, every, self.alias)
         return every
 
     async def run_write(self, fn: Callable[..., T], /, *args: Any) -> T:
-        """Call sync code that writes rows; its last argument is the `rows.Write`.
+        """Call sync code that writes rows; its last argument is the `snapshots.Write`.
 
         When the block is rolled back, the rows count as not written: `add` writes them again.
 
@@ -781,7 +785,7 @@ class Session:
 
         def run(transaction: Transaction) -> Coroutine[Any, Any, T]:
             block = transaction.levels.innermost
-            write = rows.Write((ref(transaction), block and ref(block)))
+            write = snapshots.Write((ref(transaction), block and ref(block)))
             transaction.on_rollback(write.undo)
             return transaction.run(fn, *args, write)
 
@@ -795,7 +799,7 @@ class Session:
         Raises:
             Django's database errors.
         """
-        await self.run_write(rows.insert, row, self.alias)
+        await self.run_write(saving.insert, row, self.alias)
         return row
 
     async def update_now(self, row: M) -> M:
@@ -822,7 +826,7 @@ class Session:
             TypeError: which fields were set is not known.
             Django's database errors.
         """
-        await self.run_write(rows.merge, row, fields, self.alias)
+        await self.run_write(saving.merge, row, fields, self.alias)
         return row
 
     async def remove(self, row: Model) -> int:
@@ -835,7 +839,7 @@ class Session:
             ValueError: the row has no primary key.
             Django's database errors.
         """
-        return await self._run(rows.remove, row, self.alias)
+        return await self._run(saving.remove, row, self.alias)
 
     async def refresh(self, row: M, fields: Collection[Any] | None = None) -> M:
         """Read the row's loaded fields, or the given ones, from the database again.
@@ -843,7 +847,7 @@ class Session:
         Raises:
             RowNotFound: the row is gone.
         """
-        await self._run(rows.refresh, row, fields, self.alias)
+        await self._run(loading.refresh, row, fields, self.alias)
         return row
 
     async def load(self, given: M | Iterable[M], *paths: Any) -> None:
@@ -854,7 +858,7 @@ class Session:
             AttributeError: the model has no such relation or field.
         """
         every = [given] if isinstance(given, Model) else list(given)
-        await self._run(rows.load, every, paths, self.alias)
+        await self._run(loading.load, every, paths, self.alias)
 
     def related(self, row: Model) -> Related:
         """The relations of a row: `await session.related(book).tags.add(tag)`."""
@@ -862,7 +866,7 @@ class Session:
 
     async def get(self, model: type[M] | RowTable[M], pk: Any) -> M | None:
         """The row with this primary key, or None."""
-        return await self._run(rows.get, model_of(model), pk, self.alias)
+        return await self._run(loading.get, model_of(model), pk, self.alias)
 
     async def get_one(self, model: type[M] | RowTable[M], pk: Any) -> M:
         """The row with this primary key.
@@ -870,7 +874,7 @@ class Session:
         Raises:
             The model's DoesNotExist.
         """
-        return await self._run(rows.get_one, model_of(model), pk, self.alias)
+        return await self._run(loading.get_one, model_of(model), pk, self.alias)
 
     # Queries
 

@@ -16,20 +16,19 @@ from itertools import islice
 from typing import Any, TypeVar
 
 from asgiref.sync import AsyncToSync, SyncToAsync
-from django.conf import settings as django_settings
-from django.core.signals import request_started
 from django.db import DEFAULT_DB_ALIAS, connections, transaction
 from django.db.models.query import BaseIterable
 from django.dispatch import dispatcher
 
-from . import bridge
-from .conf import settings
-from .exceptions import ConfigurationError, SessionClosedError
-from .interface import databases
-from .results import Reader
+from django_asyncsession import bridge
+from django_asyncsession.conf import settings
+from django_asyncsession.exceptions import ConfigurationError, SessionClosedError
+from django_asyncsession.interface import databases
+from django_asyncsession.results import Reader
+from django_asyncsession.session.session import Session
+
 from .routes import ROUTES, Route, keeps_thread
-from .session import Session
-from .sessionset import SessionSet, current, current_call, is_enclosed
+from .sessions import SessionSet, current, current_call, is_enclosed
 
 T = TypeVar("T")
 
@@ -234,55 +233,6 @@ def uninstall() -> None:
     """Put every name of Django's back."""
     while _replaced:
         setattr(*_replaced.pop())
-
-
-def follow_settings(setting: str = "ASYNC_SESSION", **kwargs: Any) -> None:
-    """Install or uninstall, as the settings say; called when Django starts and when a test changes
-    them."""
-    if setting == "ASYNC_SESSION":
-        (install if _is_wanted() else uninstall)()
-    if setting in _OF_MIDDLEWARE:
-        refused = needs_middleware()
-        (request_started.connect if refused else request_started.disconnect)(
-            _refuse_request, dispatch_uid="django_asyncsession.native"
-        )
-
-
-_OF_MIDDLEWARE = {"ASYNC_SESSION", "MIDDLEWARE", "ROOT_URLCONF", "SILENCED_SYSTEM_CHECKS"}
-
-
-def _is_wanted() -> bool:
-    try:
-        return bool(settings.NATIVE_ORM)
-    except ConfigurationError:
-        # A system check says so, and so does whatever asks next.
-        return False
-
-
-def needs_middleware() -> bool:
-    """Whether requests are served in native mode without the middleware, each statement committed
-    by itself: not what anybody wants who has not silenced the check."""
-    from .middleware import places
-
-    return bool(
-        _is_wanted()
-        and getattr(django_settings, "ROOT_URLCONF", None)
-        and NEEDS_MIDDLEWARE not in django_settings.SILENCED_SYSTEM_CHECKS
-        and not places()
-    )
-
-
-NEEDS_MIDDLEWARE = "django_asyncsession.E005"
-
-
-def _refuse_request(scope: Any = None, **kwargs: Any) -> None:
-    """A receiver of `request_started`; a request under WSGI is none of native mode's."""
-    if scope is not None:
-        raise ConfigurationError(
-            'ASYNC_SESSION["NATIVE_ORM"] is on and the middleware is not in MIDDLEWARE, so a view '
-            "that raises would keep what it wrote; put "
-            "'django_asyncsession.middleware.AsyncSessionMiddleware' first in MIDDLEWARE"
-        )
 
 
 def is_installed() -> bool:

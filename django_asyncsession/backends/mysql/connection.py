@@ -10,19 +10,16 @@ import asyncio
 import contextlib
 import itertools
 import logging
-import os
-import socket
 import struct
-import sys
 import time
 import weakref
-from collections.abc import Callable, Coroutine, Generator, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from collections.abc import Coroutine, Iterator, Sequence
+from typing import Any, TypeVar
 
 import MySQLdb
 from asyncmy import converters, errors
 from asyncmy.charset import charset_by_name
-from asyncmy.constants.COMMAND import COM_QUERY, COM_QUIT, COM_SET_OPTION
+from asyncmy.constants.COMMAND import COM_QUERY, COM_SET_OPTION
 from asyncmy.constants.SERVER_STATUS import (
     SERVER_STATUS_IN_TRANS,
     SERVER_STATUS_NO_BACKSLASH_ESCAPES,
@@ -33,47 +30,33 @@ from django_asyncsession.bridge import await_, in_bridge
 from django_asyncsession.results import Reader, current_reader
 from django_asyncsession.statements import change_in
 
-from .values import check_readable
-
-if TYPE_CHECKING:
-    from .base import Mixin
+from .cursors import Cursor, StreamingCursor
+from .errors import (
+    SERVER_GONE,
+    SERVER_LOST,
+    STATEMENT_ONLY,
+    is_last_word,
+    translated,
+)
+from .killer import STOP_SECONDS, Farewell, Killer, say_goodbye
 
 T = TypeVar("T")
 
 logger = logging.getLogger("django_asyncsession")
-
-SERVER_GONE, SERVER_LOST, OUT_OF_SYNC = 2006, 2013, 2014
-# After these the server closes the connection: shutdown, packet too large, killed, idle for too
-# long.
-LAST_WORDS = frozenset({1053, 1152, 1153, 1154, 1155, 1156, 1157, 1158, 1159, 1160, 1161, 1927})
-LAST_WORDS |= {SERVER_GONE, SERVER_LOST, OUT_OF_SYNC, 4031}
-# Django takes these OperationalErrors for IntegrityErrors: the statement alone failed.
-STATEMENT_ONLY = frozenset({1048, 1690, 3819, 4025})
 COM_RESET_CONNECTION = 0x1F
-# Bytes of SQL that execute_many sends in one packet; the server's smallest limit is 1 MB.
-BATCH_BYTES = 512 * 1024
-# An unbuffered result does not say how many rows it has.
-UNKNOWN_COUNT = 2**64 - 1
 # What a parameter may be besides strings and bytes.
 ENCODED = {type_ for type_ in converters.conversions if isinstance(type_, type)} - {str, bytes}
 # The answer of a statement that KILL QUERY ended.
 INTERRUPTED = 1317
 # How often what has come of a stream that nobody wants is skipped, each time what fits in asyncmy's
-# buffer, before the server is asked to send no more; and seconds that asking may take.
-SKIPS, STOP_SECONDS = 8, 5.0
-# Seconds between two looks at whether the server has ended a killed connection.
-LOOK_MIN, LOOK_MAX = 0.005, 0.1
-# Writes of a pool that commit by themselves before a connection is opened that could end them, and
-# seconds until the next attempt when the server had none left.
-FEW_WRITES, REFUSED_SECONDS = 4, 5.0
+# buffer, before the server is asked to send no more.
+SKIPS = 8
 # Such statements, which may be put in a transaction instead without meaning something else.
 WRITES = frozenset({"INSERT", "UPDATE", "DELETE", "REPLACE", "LOAD", "WITH"})
 OPEN_ENDED = "SET autocommit = 0"
 BEGIN = ("START TRANSACTION",)
 # The server tells when SQL sets the character set, among other things.
 SESSION_TRACK, STATE_CHANGED = 1 << 23, 0x4000
-# How statements begin that go many in one packet.
-BATCHED = frozenset({b"INSERT", b"REPLAC", b"UPDATE", b"DELETE"})
 # Encodings in which the byte of a backslash is a backslash always.
 WITHOUT_BACKSLASH = frozenset({"utf8", "ascii", "latin1", "cp1252"})
 # Attributes of asyncmy's connection that code may change, and those of the facade.
@@ -91,7 +74,7 @@ class Connection:
     connection is never used again.
     """
 
-    def __init__(self, wrapper: Mixin, raw: Any, init_sql: str, killer: Killer) -> None:
+    def __init__(self, wrapper: Any, raw: Any, init_sql: str, killer: Killer) -> None:
         self.raw = raw
         self.init_sql = init_sql
         self._killer = killer
@@ -282,7 +265,7 @@ class Connection:
         self._hold_back()
         return result
 
-    def _check_usable(self, coroutine: Coroutine[Any, Any, Any]) -> Mixin:
+    def _check_usable(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         wrapper = self._owner()
         try:
             if wrapper is None or self.closed or self.dirty or self.raw._stream_broken:
@@ -653,7 +636,7 @@ class Connection:
             return
         self.closed = True
         wrapper = self._owner()
-        _say_goodbye(self._transport, self.dirty)
+        say_goodbye(self._transport, self.dirty)
         with contextlib.suppress(RuntimeError):
             self.raw.close()
         if wrapper is not None and wrapper.cut:
@@ -664,395 +647,3 @@ class Connection:
     def farewell(self) -> Farewell:
         """What ends on the server what the abandoned connection left running there."""
         return Farewell(self._killer, self.thread_id())
-
-
-class Killer:
-    """Ends statements on the server over one connection, beside those of a pool however many
-    statements there are.
-
-    It is opened when needed. A pool with many writes that commit by themselves keeps it for as long
-    as it has a connection.
-
-    Args:
-        make: makes asyncmy's connection, not connected yet.
-    """
-
-    def __init__(self, make: Callable[[], Any]) -> None:
-        self._make = make
-        self._loop = asyncio.get_running_loop()
-        self._lock = asyncio.Lock()
-        self._side: Any = None
-        self._writes, self._refused_until = 0, 0.0
-        # Ids on the server of those whose statements must end; those that are gone are taken out.
-        self.sessions: set[int] = set()
-        self.users: weakref.WeakSet[Connection] = weakref.WeakSet()
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether the connection is there."""
-        return self._side is not None and not self._side._stream_broken
-
-    async def can_be_made_ready(self) -> bool:
-        """Open the connection for one more write, if there are enough of them to be worth it;
-        whether it is there."""
-        self._writes += 1
-        if self._writes <= FEW_WRITES or time.monotonic() < self._refused_until:
-            return False
-        try:
-            async with asyncio.timeout(STOP_SECONDS), self._lock:
-                await self._connected()
-        except (errors.MySQLError, OSError, TimeoutError) as exc:
-            self._refused_until = time.monotonic() + REFUSED_SECONDS
-            logger.info("no connection to end statements with: %s", exc)
-            return False
-        return True
-
-    async def end_statement(self, number: int) -> None:
-        """KILL QUERY for a session that is in use, and goes on."""
-        async with self._lock:
-            await self._query(f"KILL QUERY {number}")
-            await self._leave_if_unused()
-
-    async def end_sessions(self, number: int) -> None:
-        """KILL QUERY for each session that runs something, until the server has dropped all."""
-        async with self._lock:
-            # Who was first has ended the others' sessions too.
-            pause = LOOK_MIN
-            while number in self.sessions:
-                asked = set(self.sessions)
-                running = _running(await self._query(_ASK.format(", ".join(map(str, asked)))))
-                self.sessions -= asked - running.keys()
-                for other in (other for other, runs in running.items() if runs):
-                    # The session may have ended in between.
-                    with contextlib.suppress(errors.OperationalError):
-                        await self._query(f"KILL QUERY {other}")
-                if self.sessions:
-                    await asyncio.sleep(pause)
-                    pause = min(2 * pause, LOOK_MAX)
-            await self._leave_if_unused()
-
-    async def _query(self, sql: str) -> Any:
-        side = await self._connected()
-        try:
-            await side.query(sql)
-        except errors.MySQLError as exc:
-            if is_last_word(exc):
-                self.close()
-            raise
-        except BaseException:
-            # Its answer is still to come.
-            self.close()
-            raise
-        return side._result
-
-    async def _connected(self) -> Any:
-        if not self.is_ready:
-            self.close()
-            side = self._make()
-            try:
-                await side.connect()
-            except BaseException:
-                side.close()
-                raise
-            self._side = side
-        return self._side
-
-    @property
-    def _is_unused(self) -> bool:
-        return not self.sessions and (not self.users or self._writes <= FEW_WRITES)
-
-    async def _leave_if_unused(self) -> None:
-        """The same as `close_if_unused`, and wait until the server has room for another one."""
-        if self._is_unused and self.is_ready:
-            side = self._side
-            _say_goodbye(side._transport, waits=True)
-            while not side._stream_broken:
-                await asyncio.sleep(LOOK_MIN)
-            self.close()
-
-    def close_if_unused(self) -> None:
-        """Close the connection when there is nothing left that it could be for."""
-        if self._is_unused:
-            self.close()
-
-    def close(self) -> None:
-        """Close the connection without awaiting; in any thread, since collecting may do it."""
-        side, self._side = self._side, None
-        if side is None or side._transport is None:
-            return
-        if asyncio._get_running_loop() is self._loop or not self._loop.is_running():
-            _say_goodbye(side._transport)
-        else:
-            with contextlib.suppress(RuntimeError):  # closed meanwhile
-                self._loop.call_soon_threadsafe(_say_goodbye, side._transport)
-
-    def __del__(self) -> None:
-        if not sys.is_finalizing():
-            self.close()
-
-
-# By event loop, and by what tells servers and users apart.
-_killers: weakref.WeakKeyDictionary[Any, weakref.WeakValueDictionary[Any, Killer]]
-_killers = weakref.WeakKeyDictionary()
-
-
-def killer_for(key: tuple[Any, ...], make: Callable[[], Any]) -> Killer:
-    """The one of the running loop, for connections to the same server."""
-    of_loop = _killers.setdefault(asyncio.get_running_loop(), weakref.WeakValueDictionary())
-    killer = of_loop.get(key)
-    if killer is None:
-        killer = of_loop[key] = Killer(make)
-    return killer
-
-
-class Farewell:
-    """Waits until the server has dropped the session of an abandoned connection; can be awaited
-    again when it was cancelled."""
-
-    def __init__(self, killer: Killer, thread_id: int) -> None:
-        self._killer, self._thread_id = killer, thread_id
-        killer.sessions.add(thread_id)
-
-    @property
-    def is_untold(self) -> bool:
-        """Whether the server may still run the session's statement."""
-        return self._thread_id in self._killer.sessions
-
-    def __await__(self) -> Generator[Any, Any, None]:
-        return self._killer.end_sessions(self._thread_id).__await__()
-
-    def __del__(self) -> None:
-        self._killer.sessions.discard(self._thread_id)
-        self._killer.close_if_unused()
-
-
-_ASK = "SELECT id, command <> 'Sleep' FROM information_schema.processlist WHERE id IN ({})"
-
-
-def _running(result: Any) -> dict[int, bool]:
-    """Those sessions that are there, and whether each runs a statement."""
-    return {int(number): bool(runs) for number, runs in result.rows}
-
-
-def _say_goodbye(transport: Any, is_dirty: bool = False, waits: bool = False) -> None:
-    try:
-        if is_dirty or transport.is_closing():
-            transport.abort()
-        else:
-            transport.write(struct.pack("<iB", 1, COM_QUIT))
-            if not waits:
-                transport.close()
-    except RuntimeError:
-        # The loop is closed. The server shall know all the same.
-        _shut_down(transport)
-
-
-def _shut_down(transport: Any) -> None:
-    raw = transport.get_extra_info("socket")
-    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(raw.fileno())) as sock:
-        sock.shutdown(socket.SHUT_RDWR)
-    if getattr(transport, "_sock", None) is not None:
-        # asyncio's transport closes its socket in its loop only, and would warn that it is open.
-        transport._sock.close()
-        transport._sock = None
-
-
-def translated(error: errors.MySQLError) -> Any:
-    """MySQLdb's error for asyncmy's; "not connected" is the server having gone away."""
-    code = error.args[0] if error.args else 0
-    if isinstance(error, errors.InterfaceError) and code == 0:
-        return MySQLdb.OperationalError(SERVER_GONE, "MySQL server has gone away")
-    if isinstance(error, errors.InternalError) and not isinstance(code, int):
-        # "Packet sequence number wrong", without a code.
-        return MySQLdb.OperationalError(SERVER_LOST, f"connection out of step: {code}")
-    kind = getattr(MySQLdb, type(error).__name__, MySQLdb.DatabaseError)
-    return kind(*error.args)
-
-
-def is_last_word(error: errors.MySQLError) -> bool:
-    """Whether the connection cannot be used after this error; those of the server leave it usable,
-    but for a few."""
-    code = error.args[0] if error.args else None
-    return not isinstance(code, int) or code in LAST_WORDS or code < 1000
-
-
-class Cursor:
-    """A cursor with all rows in memory, as MySQLdb's default."""
-
-    def __init__(self, connection: Connection) -> None:
-        self.connection = connection
-        self.description: tuple[Any, ...] | None = None
-        self.rowcount = -1
-        self.arraysize = 1
-        self.lastrowid: int | None = None
-        self._rows: tuple[Any, ...] = ()
-        self._at = 0
-        self._more: list[Any] = []
-        self._executed: bytes | None = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
-
-    def __iter__(self) -> Iterator[Any]:
-        while (row := self.fetchone()) is not None:
-            yield row
-
-    def execute(self, sql: Any, params: Any = None) -> int:
-        """Run a statement; its first result is there to be fetched."""
-        self._executed = self.connection.mogrify(sql, params)
-        first, *self._more = self.connection.execute(self._executed)
-        self._show(first)
-        return self.rowcount
-
-    def executemany(self, sql: Any, param_list: Any) -> int:
-        """Run the statement once for each set of values, many in one packet."""
-        rowcount = 0
-        for batch in _batches(self.connection.mogrify(sql, params) for params in param_list):
-            self._executed = batch[-1]
-            results = self.connection.execute(b";".join(batch), len(batch) > 1)
-            rowcount += sum(result.affected_rows for result in results)
-            self._more = []
-            self._show(results[-1])
-        self.rowcount = rowcount
-        return rowcount
-
-    def callproc(self, name: str, params: Sequence[Any] = ()) -> Sequence[Any]:
-        """Call a stored procedure; what it sets in its parameters is in @_name_0 and so on."""
-        variables = [f"@_{name}_{number}" for number in range(len(params))]
-        for variable, value in zip(variables, params, strict=True):
-            self.connection.execute(self.connection.mogrify(f"SET {variable} = %s", [value]))
-        self.execute(f"CALL {name}({', '.join(variables)})")
-        return params
-
-    def nextset(self) -> bool | None:
-        """Go on to the next statement's result; None when there is none."""
-        if not self._more:
-            return None
-        self._show(self._more.pop(0))
-        return True
-
-    def fetchone(self) -> Any:
-        """The next row, or None."""
-        if self._at >= len(self._rows):
-            return None
-        self._at += 1
-        return self._rows[self._at - 1]
-
-    def fetchmany(self, size: int | None = None) -> tuple[Any, ...]:
-        """The next rows, an empty tuple after the last."""
-        end = self._at + (size or self.arraysize)
-        rows = self._rows[self._at : end]
-        self._at += len(rows)
-        return rows
-
-    def fetchall(self) -> tuple[Any, ...]:
-        """All rows that are left."""
-        rows, self._at = self._rows[self._at :], len(self._rows)
-        return rows
-
-    def close(self) -> None:
-        """Forget the rows."""
-        self._rows, self._at, self._more = (), 0, []
-
-    def _show(self, result: Any) -> None:
-        self.description = result.description
-        self.rowcount = -1 if result.affected_rows == UNKNOWN_COUNT else result.affected_rows
-        self.lastrowid = result.insert_id or None
-        self._rows, self._at = result.rows or (), 0
-        self._check(result, self._rows)
-
-    def _check(self, result: Any, rows: Sequence[Any]) -> None:
-        if rows and (wrapper := self.connection._owner()) is not None:
-            check_readable(result, rows, wrapper.alias)
-
-
-def _batches(statements: Iterator[bytes]) -> Iterator[list[bytes]]:
-    """Statements in lists that fit in one packet each."""
-    batch: list[bytes] = []
-    size = 0
-    for statement in statements:
-        if b";" in statement or statement[:64].lstrip()[:6].upper() not in BATCHED:
-            # It may be several, or set the character set that the next is read in, so that the
-            # server shall see it alone.
-            yield from filter(None, (batch, [statement]))
-            batch, size = [], 0
-            continue
-        if batch and size + len(statement) > BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-        batch.append(statement)
-        size += len(statement)
-    if batch:
-        yield batch
-
-
-class StreamingCursor(Cursor):
-    """A cursor that reads its rows from the network as they are fetched; between two fetches the
-    server waits.
-
-    Another statement on the connection makes it read the rest into memory first: the server sends
-    nothing else before.
-    """
-
-    # What is read, as long as there is more, and afterwards too.
-    _result: Any = None
-    _streamed: Any = None
-
-    def execute(self, sql: Any, params: Any = None) -> int:
-        self._executed = self.connection.mogrify(sql, params)
-        may_stop = isinstance(sql, str) and not self.connection.changes(sql)
-        result = self.connection.stream(self, self._executed, may_stop)
-        self._show(result)
-        self._streamed = result
-        self._result = result if result.unbuffered_active else None
-        return self.rowcount
-
-    def fetchone(self) -> Any:
-        rows = self.fetchmany(1)
-        return rows[0] if rows else None
-
-    def fetchmany(self, size: int | None = None) -> tuple[Any, ...]:
-        size = size or self.arraysize
-        rows = super().fetchmany(size)
-        if len(rows) < size and self._result is not None:
-            rows += tuple(self.connection.run(self._read(size - len(rows))))
-        self._check(self._streamed, rows)
-        return rows
-
-    def fetchall(self) -> tuple[Any, ...]:
-        self.read_rest()
-        rows = super().fetchall()
-        self._check(self._streamed, rows)
-        return rows
-
-    def read_rest(self) -> None:
-        """Read the rows that are left into memory."""
-        if self._result is not None:
-            rest = self.connection.run(self._read(None))
-            self._rows, self._at = super().fetchall() + tuple(rest), 0
-
-    def close(self) -> None:
-        """Skip the rows that are left; of many, the server is told to send no more."""
-        super().close()
-        result, self._result = self._result, None
-        if result is not None and not self.connection.closed and not self.connection.dirty:
-            self.connection.end_stream()
-
-    async def _read(self, size: int | None) -> list[Any]:
-        """So many rows, or all."""
-        result = self._result
-        rows: list[Any] = []
-        while size is None or len(rows) < size:
-            row = await result._read_rowdata_packet_unbuffered()
-            if row is None:
-                break
-            rows.append(row)
-            # Those that are in memory already come without a coroutine for each.
-            rows += result._take_pending_rows(None if size is None else size - len(rows))
-        if not result.unbuffered_active:
-            self._result = None
-            self.connection.stream_ended(result)
-        return rows

@@ -13,23 +13,33 @@ import asyncio
 import contextlib
 import contextvars
 import copy
-import dataclasses
 import logging
-import math
 import random
 import sys
 import time
-import warnings
 import weakref
 from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator
 from functools import partial
-from numbers import Real
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
-from .bridge import discard
-from .exceptions import ConfigurationError, PoolClosed, PoolTimeout, TooManyWaiting, WrongLoopError
-from .origins import RequestSite, Site, creation_site, loop_name, task_name, task_reference
+from django_asyncsession.bridge import discard
+from django_asyncsession.exceptions import (
+    PoolClosed,
+    PoolTimeout,
+    TooManyWaiting,
+    WrongLoopError,
+)
+from django_asyncsession.origins import (
+    RequestSite,
+    Site,
+    creation_site,
+    loop_name,
+    task_name,
+)
+
+from .lease import Lease, _Entry
+from .options import PoolOptions, check_seconds
 
 logger = logging.getLogger("django_asyncsession.pool")
 
@@ -55,138 +65,6 @@ TOLD_AT_ONCE = 100
 LIFETIME_SPREAD = 0.1
 # Said to a task that waits for itself.
 NESTED = " (nested acquire: this task holds one already)"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PoolOptions:
-    """Options with psycopg_pool's names and meaning. Times are in seconds."""
-
-    # Connections kept open although idle.
-    min_size: int = 0
-    # Connections at the most; None: as many as min_size, or 10 when that is not given either.
-    max_size: int | None = None
-    # How long a caller waits for a connection.
-    timeout: float = 30.0
-    # Callers that may wait at the same time; 0: no limit.
-    max_waiting: int = 5000
-    # A connection older than this is closed when it comes back.
-    max_lifetime: float = 3600.0
-    # A connection above min_size that was idle for this long is closed.
-    max_idle: float = 600.0
-    # How long the server may be unreachable before waiting callers are given the reason.
-    reconnect_timeout: float = 300.0
-    # Ask the connection whether it works before it is handed out.
-    check: bool = False
-
-    _KINDS: ClassVar[dict[str, type]] = {
-        **dict.fromkeys(("min_size", "max_size", "max_waiting"), int),
-        **dict.fromkeys(("timeout", "max_lifetime", "max_idle", "reconnect_timeout"), Real),
-    }
-
-    def __post_init__(self) -> None:
-        """Check the numbers.
-
-        Raises:
-            ConfigurationError: a size or a time that cannot work.
-        """
-        if self.max_size is None:
-            object.__setattr__(self, "max_size", self.min_size or 10)
-        for name, kind in self._KINDS.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, kind):
-                raise ConfigurationError(f"pool option {name} is {value!r}; give a number")
-        for name in ("timeout", "max_lifetime", "max_idle", "reconnect_timeout"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ConfigurationError(
-                    f"pool option {name} is {getattr(self, name)!r}; give seconds above 0, and "
-                    "not infinite"
-                )
-        if self.min_size < 0 or self.max_waiting < 0 or self.limit < max(1, self.min_size):
-            raise ConfigurationError(
-                f"pool options min_size={self.min_size}, max_size={self.max_size}, "
-                f"max_waiting={self.max_waiting} cannot work; need 0 <= min_size <= max_size, 1 "
-                "<= max_size"
-            )
-
-    @property
-    def limit(self) -> int:
-        """`max_size` as a number."""
-        assert self.max_size is not None
-        return self.max_size
-
-
-class Lease(Generic[C]):
-    """One holder's right to one connection; `release` ends it, and so does being forgotten."""
-
-    # The connection is a test's, which others use as well, and its holders take turns: see
-    # `sharing.py`.
-    shared = False
-    # It is for the session that a test has as its own, which is ended with the test.
-    lends = False
-    released = True
-    # While somebody wants to know: called, they give the task that took it, and the one that made
-    # the session, which may have others work for it. Neither is kept alive.
-    holder: Callable[[], asyncio.Task[Any] | None] | None = None
-    maker: Callable[[], asyncio.Task[Any] | None] | None = None
-
-    def __init__(self, pool: Pool[C], entry: _Entry[C]) -> None:
-        self._pool, self._entry = pool, entry
-        self.connection: C = entry.connection
-        self.since = time.monotonic()
-        # What the connection may know of its lease; the lease itself would be a cycle.
-        self.token = object()
-        self.site: Site = creation_site()
-        self.made_at: Site | str = self.site
-        self.task = task_name()
-        if pool.notes_holders:
-            self.holder = task_reference()
-        pool._leases.add(self)
-        self.released = False
-
-    def release(self, *, usable: bool = True, lost: bool = False) -> None:
-        """Give the connection back; when it is not `usable` it is closed. A second call does
-        nothing.
-
-        Args:
-            lost: the server closed it, or did not answer, so the idle ones are asked whether they
-                still work.
-        """
-        if not self.released:
-            self.released = True
-            self._pool._take_back(self, usable, lost)
-
-    async def turn(self) -> None:
-        """Wait for the turn to use a shared connection."""
-
-    async def finish(self) -> None:
-        """Give a shared connection back."""
-
-    def finish_now(self) -> None:
-        """Give a shared connection back without awaiting."""
-
-    def __del__(self) -> None:
-        if self.released or sys.is_finalizing():
-            return
-        self.released = True
-        try:
-            warnings.warn(
-                f"a connection of {self._pool.name!r} was never given back; it was taken at "
-                f"{self.site}",
-                ResourceWarning,
-                stacklevel=2,
-            )
-        finally:  # warnings may be errors
-            self._pool._take_back_from_anywhere(self._entry)
-
-
-@dataclasses.dataclass(slots=True, eq=False)
-class _Entry(Generic[C]):
-    """A connection of the pool, with when it expires and since when it is idle (seconds of the
-    monotonic clock)."""
-
-    connection: C
-    expires: float
-    idle_since: float = 0.0
 
 
 class Pool(Generic[C]):
@@ -915,18 +793,6 @@ async def _sentinel(pool: weakref.ref[Pool[Any]]) -> AsyncGenerator[None, None]:
         if (alive := pool()) is not None:
             alive.terminate()
             await alive._settle()
-
-
-def check_seconds(name: str, seconds: float) -> None:
-    """Refuse what is no time to wait for.
-
-    Raises:
-        ConfigurationError: it is below 0, infinite, or not a number.
-    """
-    if not 0 <= seconds < math.inf:
-        raise ConfigurationError(
-            f"{name} is {seconds!r}; give seconds, 0 or more, and not infinite"
-        )
 
 
 def _try_another(pool: weakref.ref[Pool[Any]]) -> None:

@@ -22,17 +22,11 @@ from django.utils.asyncio import async_unsafe
 from greenlet import getcurrent
 
 from django_asyncsession import bridge
+from django_asyncsession.backends.base import BridgedMixin
+from django_asyncsession.backends.cursors import SeenCursorMixin
+from django_asyncsession.backends.engines import ANY_DRIVER, bridged_class, wrapper_class
+from django_asyncsession.backends.options import TransactionOptions, TransactionState
 from django_asyncsession.exceptions import SessionClosedError, SharedConnectionWarning
-
-from .base import (
-    ANY_DRIVER,
-    BridgedMixin,
-    SeenCursorMixin,
-    TransactionOptions,
-    TransactionState,
-    bridged_class,
-    wrapper_class,
-)
 
 # Seconds that a statement waits for the one of another thread, and a session for another session.
 TURN_SECONDS = 10.0

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar, cast
 from django.apps import apps
 from django.db.models import Model
 
-from . import rows
+from . import snapshots
 from .columns import Column, _path_name, column
 
 M = TypeVar("M", bound=Model)
@@ -68,7 +68,7 @@ class RowTable(Generic[M]):
         Raises:
             TypeError: the model has no such field.
         """
-        return rows.make(self._model, values)
+        return snapshots.make(self._model, values)
 
     @property
     def _model(self) -> type[M]:

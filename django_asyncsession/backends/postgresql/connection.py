@@ -1,0 +1,508 @@
+"""psycopg's sync connection, whose waits await the event loop in the bridge."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import os
+import select
+import socket
+import time
+import weakref
+from collections.abc import Generator, Mapping
+from typing import Any, TypeVar
+
+import psycopg
+from greenlet import getcurrent
+from psycopg import generators, pq, waiting
+from psycopg._capabilities import capabilities
+from psycopg._conninfo_utils import get_param
+from psycopg.abc import PQGen
+from psycopg.adapt import AdaptersMap
+from psycopg.conninfo import conninfo_attempts_async, conninfo_to_dict, timeout_from_conninfo
+from psycopg.waiting import WAIT_R
+
+from django_asyncsession.backends.attributes import Attributes
+from django_asyncsession.bridge import Bridge, await_, in_bridge
+from django_asyncsession.exceptions import ConfigurationError
+
+RV = TypeVar("RV")
+COPYING = (pq.ExecStatus.COPY_IN, pq.ExecStatus.COPY_OUT, pq.ExecStatus.COPY_BOTH)
+IDLE, ACTIVE = pq.TransactionStatus.IDLE, pq.TransactionStatus.ACTIVE
+DONE = (pq.ExecStatus.COMMAND_OK, pq.ExecStatus.TUPLES_OK)
+
+# What DISCARD ALL does, in statements that may travel together with the end of a transaction.
+RESET = (
+    "CLOSE ALL",
+    "SET SESSION AUTHORIZATION DEFAULT",
+    "RESET ROLE",
+    "RESET ALL",
+    "UNLISTEN *",
+    "SELECT pg_catalog.pg_advisory_unlock_all()",
+    "DISCARD SEQUENCES",
+    "DISCARD TEMP",
+)
+FORGET_PREPARED = "DEALLOCATE ALL"
+# A row if PREPARE made some, or if the driver's own, which may stay, are not all there.
+FIND_PREPARED = (
+    "SELECT FROM pg_catalog.pg_prepared_statements HAVING count(*) <> {} OR bool_or(from_sql)"
+)
+# What decides how the server reads a text.
+READS_BY = (b"client_encoding", b"standard_conforming_strings")
+ENDS = (b"COMMIT", b"ROLLBACK")
+# Generators of psycopg that send no SQL of anybody's: they fetch, end, or set an attribute.
+HARMLESS = frozenset(
+    {"_fetch_gen", "_scroll_gen", "_close_gen", "_commit_gen", "_rollback_gen"}
+    | {"_set_autocommit_gen", "_set_isolation_level_gen", "_set_read_only_gen"}
+    | {"_set_deferrable_gen"}
+)
+# Attributes of a connection that are no business of a lease, or brought back in another way.
+NOT_OF_A_LEASE = frozenset(
+    {"pgconn", "lock", "wrapper", "begin_sql", "began", "left_by_sql", "_opened", "_farewell"}
+    | {"_waits_in", "_waits_since", "_ending", "_closed", "_prepared", "_notifies_backlog"}
+    | {"_adapters", "_pipeline", "reset_statements", "set_up", "prepares_again", "clean"}
+    | {"resetting", "reset_error", "reset_works"}
+)
+# The server's clock and ours may differ by the rest while a timeout runs.
+TIMER_SHARE = 0.95
+# Seconds that libpq gets to deliver a cancel request; the pool's own deadline is what counts.
+CANCEL_TIMEOUT = 10.0
+
+
+class Connection(psycopg.Connection[Any]):
+    """psycopg's sync connection; in the bridge its waits await, and a wait that is cut short
+    closes it."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # psycopg's lock is a thread's: held across a switch it would freeze the loop when a second
+        # task wants it.
+        # The session's own queue lets one task in at a time, and Django one thread.
+        self.lock: Any = contextlib.nullcontext()
+        self.wrapper: weakref.ref[Any] | None = None
+        self.begin_sql: bytes | None = None
+        # A transaction was seen on the server; it was ended by SQL that is not ours.
+        self.began = self.left_by_sql = False
+        # What brings back, after RESET, what connecting has set.
+        self.reset_statements, self.set_up = RESET, ""
+        # PREPARE is among it.
+        self.prepares_again = False
+        # What the server said to the last reset, if it did not do all of it. Only one that it has
+        # done once goes along with COMMIT: what it cannot read, it would refuse with it.
+        self.reset_error, self.reset_works = "", False
+        # Nothing was sent since the last reset. The answer to a reset was not read yet.
+        self.clean = True
+        self.resetting = False
+        self._farewell: Farewell | None = None
+        # The loop in which a call waits in the bridge; the connection was abandoned meanwhile, and
+        # that call closes it.
+        self._waits_in: asyncio.AbstractEventLoop | None = None
+        self._waits_since = 0.0
+        self._ending = False
+        self._opened: tuple[Any, ...] | None = None
+
+    @classmethod
+    def connect(cls, conninfo: str = "", **kwargs: Any) -> Connection:
+        try:
+            # Tools replace psycopg's own, and get what they expect: a sync connection.
+            return super().connect(conninfo, **kwargs)
+        except Exception as exc:
+            # psycopg's frames hold the whole connection string, and error pages show the locals of
+            # frames.
+            error: BaseException = exc
+        shown: BaseException | None = error
+        while shown is not None:
+            shown = shown.with_traceback(None)
+            shown = shown.__cause__ or shown.__context__
+        raise error
+
+    @classmethod
+    def _get_connection_params(cls, conninfo: str, **kwargs: Any) -> Any:
+        params = super()._get_connection_params(conninfo, **kwargs)
+        return await_(_resolved(params)) if in_bridge() else params
+
+    @classmethod
+    def _connect_gen(cls, conninfo: str = "") -> Any:
+        gen = super()._connect_gen(conninfo)
+        if not in_bridge():
+            return (yield from gen)
+        # Who asks for the first step gets the result: there is nothing to block for.
+        seconds = timeout_from_conninfo(conninfo_to_dict(conninfo))
+        return await_(waiting.wait_conn_async(gen, interval=0.1, timeout=seconds))
+
+    def wait(self, gen: PQGen[RV], interval: float = 0.1, timeout: float | None = None) -> RV:
+        if self.wrapper is not None and (wrapper := self.wrapper()) is not None:
+            wrapper.check_served()
+            if not wrapper.own_use and (name := getattr(gen, "__name__", "")) not in HARMLESS:
+                wrapper.note_unseen("COPY" if "copy" in name else "SQL with the driver")
+        self.clean, self._waits_since = False, time.monotonic()
+        if not isinstance(getcurrent(), Bridge):
+            return super().wait(gen, interval=interval, timeout=timeout)
+        fd, steps = self.pgconn.socket, [self._until_abandoned(gen)]
+        try:
+            return await_(waiting.wait_async(steps.pop(), fd, interval=interval, timeout=timeout))
+        except Exception:
+            raise
+        except BaseException:
+            # Cancelled, or closed, in the middle of a round trip: what the server does now is not
+            # certain.
+            self._note_end_of_wait()
+            wrapper = None if self.wrapper is None else self.wrapper()
+            if wrapper is not None:
+                wrapper.cut_off()
+            if wrapper is None or wrapper.cut:
+                self.abandon()
+            raise
+        finally:
+            if self._waits_in is not None or self._ending:
+                self._note_end_of_wait()
+            self._note_status()
+
+    def waited(self) -> float:
+        """Seconds since the last round trip began."""
+        return time.monotonic() - self._waits_since
+
+    def _until_abandoned(self, gen: PQGen[RV]) -> PQGen[RV]:
+        """`gen`, ended at the first step after `abandon`: in a tenth of a second at the latest."""
+        self._waits_in = asyncio.get_running_loop()
+        try:
+            state = next(gen)
+            while True:
+                ready = yield state
+                if self._ending:
+                    raise psycopg.OperationalError("the connection was closed in another task")
+                state = gen.send(ready)
+        except StopIteration as end:
+            return end.value  # type: ignore[no-any-return]
+        finally:
+            # Here too: what waits may be collected, in whichever thread.
+            self._waits_in = None
+            if self._ending:
+                self.pgconn.finish()
+
+    def _note_end_of_wait(self) -> None:
+        self._waits_in = None
+        if self._ending:
+            self.pgconn.finish()
+
+    def _note_status(self) -> None:
+        status = self.pgconn.transaction_status
+        if status in (pq.TransactionStatus.INTRANS, pq.TransactionStatus.INERROR):
+            self.began = True
+        elif status == IDLE and self.began:
+            self.began, self.left_by_sql = False, True
+
+    def set_autocommit(self, value: bool) -> None:
+        if self.wrapper is not None and (wrapper := self.wrapper()) is not None:
+            wrapper.check_served()
+        for _ in self._set_autocommit_gen(value):
+            raise AssertionError("setting autocommit waits for nothing")
+
+    def note_opened(self) -> None:
+        """Remember the attributes, and what values are converted with: every lease begins so."""
+        template = AdaptersMap(self.adapters)
+        attributes = Attributes(self, NOT_OF_A_LEASE)
+        prepares = self.prepare_threshold, self.prepared_max
+        handlers = self.pgconn.notice_handler, self.pgconn.notify_handler
+        self._opened = attributes, template, prepares, handlers, self._reads_as
+
+    def restore(self) -> None:
+        """Bring back what `note_opened` remembered."""
+        if self._opened is None:
+            return
+        attributes, template, prepares, handlers, _ = self._opened
+        self.prepare_threshold, self.prepared_max = prepares
+        attributes.restore(self)
+        server: Any = self.pgconn
+        server.notice_handler, server.notify_handler = handlers
+        server.untrace()
+        if self._adapters is None or not _are_same(self._adapters, template):
+            self._adapters = AdaptersMap(template)
+
+    def commit(self) -> None:
+        self.began = False
+        super().commit()
+
+    def rollback(self) -> None:
+        self.began = False
+        super().rollback()
+
+    def _start_query(self) -> PQGen[None]:
+        if self._may_write_again:
+            yield from self._send_before(ONLY_READ)
+        if self.begin_sql is None or self._autocommit or self._pipeline:
+            yield from super()._start_query()
+        elif self.pgconn.transaction_status == IDLE:
+            yield from self._send_before(self.begin_sql)
+
+    @property
+    def _may_write_again(self) -> bool:
+        """Whether a function has ended the read-only mode of autocommitted statements, which the
+        server reports, or may have."""
+        if not self._autocommit or self._pipeline or self.wrapper is None:
+            return False
+        if (wrapper := self.wrapper()) is None or not wrapper.reads_only:
+            return False
+        server = self.pgconn
+        is_idle = server.transaction_status == IDLE
+        return is_idle and server.parameter_status(b"default_transaction_read_only") != b"on"
+
+    def _send_before(self, sql: bytes) -> PQGen[None]:
+        self.pgconn.send_query(sql)
+        for result in (yield from generators.execute(self.pgconn)):
+            if result.status == pq.ExecStatus.FATAL_ERROR:
+                raise psycopg.errors.error_from_result(result, encoding=self.pgconn._encoding)
+
+    def _exec_command(self, command: Any, result_format: pq.Format = pq.Format.TEXT) -> Any:
+        wrapper = None if self.wrapper is None else self.wrapper()
+        together = wrapper is not None and wrapper.ends_lease and command in ENDS
+        together = together and self.reset_works and self.is_read_as_opened
+        if not together or self._pipeline:
+            return (yield from super()._exec_command(command, result_format))
+        return (yield from self._end_and_reset(command))
+
+    def _end_and_reset(self, command: bytes) -> PQGen[Any]:
+        """End the transaction and reset the connection in one round trip. The server runs the
+        reset after the end, in a transaction of its own, and not at all if the end fails."""
+        self._check_connection_ok()
+        if command == b"ROLLBACK":
+            # psycopg forgets its prepared statements then.
+            self._prepared._names.clear()
+        self.pgconn.send_query(command + b"; " + self._reset_sql())
+        yield from generators.send(self.pgconn)
+        ended = yield from generators.fetch(self.pgconn)
+        try:
+            yield from self._read_reset()
+        except psycopg.OperationalError:
+            # Lost, but after the server's word on the end.
+            self.pgconn.finish()
+        if ended is not None and ended.status == pq.ExecStatus.FATAL_ERROR:
+            raise psycopg.errors.error_from_result(ended, encoding=self.pgconn._encoding)
+        return ended
+
+    def send_reset(self) -> None:
+        """Send what brings back the state after connecting, without waiting for the answer."""
+        self.pgconn.send_query(self._reset_sql())
+        self.resetting = True
+
+    def reset(self) -> None:
+        """Bring back the state after connecting.
+
+        Raises:
+            OperationalError: it could not be done.
+        """
+        if not self.is_read_as_opened:
+            # Else the server would read what connecting has set as something else.
+            self.wait(self._send_before(b"RESET ALL"))
+        self.send_reset()
+        if not self.wait(self._read_reset()):
+            raise psycopg.OperationalError(self.reset_error)
+
+    @property
+    def is_read_as_opened(self) -> bool:
+        """Whether the server reads a text as it did after connecting, as far as it has said."""
+        return self._opened is None or self._reads_as == self._opened[-1]
+
+    @property
+    def _reads_as(self) -> tuple[Any, ...]:
+        return tuple(map(self.pgconn.parameter_status, READS_BY))
+
+    def settle(self) -> PQGen[bool] | None:
+        """What reads the answer to `send_reset`, and tells whether all of it was done; None when
+        it has come already and says so."""
+        reading = self._read_reset()
+        with contextlib.suppress(psycopg.Error):
+            self.pgconn.consume_input()
+            try:
+                next(reading)
+            except StopIteration as stopped:
+                return None if stopped.value else reading
+        return reading
+
+    def _read_reset(self) -> PQGen[bool]:
+        server = self.pgconn
+        yield from generators.send(server)
+        results = []
+        while True:
+            while server.is_busy():
+                while not (yield WAIT_R):
+                    continue
+                server.consume_input()
+            if (result := server.get_result()) is None:
+                break
+            results.append(result)
+        while server.notifies():
+            """They came for the last lease."""
+        self.resetting = False
+        failed = [result for result in results if result.status not in DONE]
+        self.clean = bool(results) and not failed
+        self.reset_works = self.reset_works or self.clean
+        if failed:
+            self.reset_error = failed[0].get_error_message(server._encoding)
+        if self.clean and results[len(self.reset_statements)].ntuples:
+            # Those of PREPARE can only go together with those of the driver.
+            self._prepared._names.clear()
+            self.send_reset()
+            return (yield from self._read_reset())
+        return self.clean
+
+    def _reset_sql(self) -> bytes:
+        prepared: Any = self._prepared
+        if self.prepares_again:
+            prepared._names.clear()
+        if prepared._names:
+            last = FIND_PREPARED.format(len(prepared._names) + len(prepared._to_flush))
+        else:
+            prepared._to_flush.clear()
+            last = FORGET_PREPARED
+        statements = "; ".join([*self.reset_statements, last])
+        return (statements + self.set_up).encode(self.pgconn._encoding)
+
+    def finish_call(self, seconds: float) -> None:
+        """Cancel the statement that nobody waits for any more, and wait for its end, blocking."""
+        deadline = time.monotonic() + seconds
+        if self._is_active:
+            self._try_cancel(timeout=seconds)
+        while self._is_active:
+            self.pgconn.flush()
+            self.pgconn.consume_input()
+            while not self.pgconn.is_busy() and (result := self.pgconn.get_result()) is not None:
+                if result.status in COPYING:
+                    return
+            if self._is_active:
+                left = max(0.0, deadline - time.monotonic())
+                if not select.select([self.pgconn.socket], [], [], left)[0]:
+                    return
+
+    @property
+    def _is_active(self) -> bool:
+        """Whether the server still runs a statement, as far as is known here."""
+        return not self.closed and self.pgconn.transaction_status == ACTIVE
+
+    def abandon(self) -> None:
+        """Close the socket now, keeping what `farewell` needs to end the statement on the
+        server.
+
+        While a call of another task waits for it, that call closes it: once closed, the number of
+        the socket may be that of a file or socket of anybody's, whom the loop would mix up with it.
+        """
+        if self._ending:
+            return
+        if not self.closed:
+            with contextlib.suppress(OSError, psycopg.Error):
+                runs = self._is_active and not self.resetting and capabilities.has_cancel_safe()
+                cancel = self.pgconn.cancel_conn() if runs else None
+                self._farewell = Farewell(cancel, socket.socket(fileno=os.dup(self.pgconn.socket)))
+        self._ending = self._waits_in is not None and not self._waits_in.is_closed()
+        if not self._ending:
+            # Also if the server has closed it: libpq may hold the socket still.
+            self.pgconn.finish()
+
+    def __del__(self, *args: Any) -> None:
+        # Of a pooled connection the lease, or the session, has told already.
+        if getattr(self, "wrapper", None) is None:
+            super().__del__(*args)
+
+    def farewell(self) -> Farewell | None:
+        """Take what is left to do on the server for the abandoned connection."""
+        farewell, self._farewell = self._farewell, None
+        return farewell
+
+
+class Farewell:
+    """Cancels what the server still runs for a closed connection, and waits until its process is
+    gone.
+
+    Can be awaited again when it was cancelled; forgotten, it closes its copy of the socket.
+    """
+
+    def __init__(self, cancel: Any, sock: socket.socket) -> None:
+        self._cancel, self._socket = cancel, sock
+        self._cancel_started = False
+        # A process that was told may be held up, and goes on with the statement before it ends.
+        self._may_run = cancel is not None
+
+    @property
+    def is_untold(self) -> bool:
+        """Whether the server may still run the statement, or go on with it."""
+        return self._may_run
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        return self._say().__await__()
+
+    async def _say(self) -> None:
+        if self._cancel is not None:
+            with contextlib.suppress(psycopg.Error):
+                if not self._cancel_started:
+                    self._cancel_started = True
+                    self._cancel.start()
+                await waiting.wait_conn_async(
+                    generators.cancel(self._cancel), interval=0.1, timeout=CANCEL_TIMEOUT
+                )
+            self._cancel = None
+        # The server closes its end after its process has left every list of sessions.
+        self._socket.setblocking(False)
+        with contextlib.suppress(OSError):
+            while await asyncio.get_running_loop().sock_recv(self._socket, 65536):
+                pass
+        self._may_run = False
+        self._socket.close()
+
+    def __del__(self) -> None:
+        self._socket.close()
+
+
+async def _resolved(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters with the addresses of their hosts, so that psycopg need not ask for them,
+    which blocks."""
+    # The order of the attempts, and how often each is made, is decided when they are made.
+    plain = {**params, "load_balance_hosts": "disable", "target_session_attrs": "any"}
+    attempts = await conninfo_attempts_async(plain)
+    places = {
+        # What stands in the environment only is the same for all.
+        name: [str(attempt.get(name) or get_param(params, name) or "") for attempt in attempts]
+        for name in ("host", "hostaddr", "port")
+    }
+    return {**params, **{name: ",".join(all_) for name, all_ in places.items() if any(all_)}}
+
+
+def _check_tools(connection: Any, alias: str) -> None:
+    """Refuse what a tool that replaced `connect` made of the connection, if it cannot work.
+
+    Raises:
+        ConfigurationError: it is not one of ours, or its cursors are of psycopg's async kind: they
+            do not run what they are told, but make a coroutine of it.
+    """
+    if not isinstance(connection, Connection):
+        raise ConfigurationError(
+            f"psycopg.Connection.connect gave a {_name(type(connection))} for {alias!r}, which "
+            "blocks the event loop; let the tool that replaced it call the original with the class "
+            "it is given"
+        )
+    for made in (connection.cursor(), connection.server_cursor_factory):
+        if inspect.iscoroutinefunction(getattr(made, "execute", None)):
+            kind = made if isinstance(made, type) else type(made)
+            raise ConfigurationError(
+                f"the cursors of {alias!r} are {_name(kind)}, which is of psycopg's async kind; "
+                "let the tool that sets cursor_factory, or OPTIONS, give a subclass of "
+                "psycopg.Cursor"
+            )
+
+
+def _name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _are_same(adapters: AdaptersMap, template: AdaptersMap) -> bool:
+    """Whether nothing was registered: whatever is copies first what it shares with others."""
+    return (
+        adapters._loaders == template._loaders
+        and adapters._dumpers == template._dumpers
+        and adapters._dumpers_by_oid == template._dumpers_by_oid
+        and adapters.types._registry is template.types._registry
+    )
+
+
+# Before a statement that commits by itself.
+ONLY_READ = b"SET default_transaction_read_only = on"

@@ -1,0 +1,1 @@
+"""A bounded pool of connections for one event loop; it knows no vendor and no settings."""
