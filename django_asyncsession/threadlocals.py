@@ -91,8 +91,13 @@ class Contents:
         fn: Callable[..., T],
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
+        *,
+        made_by: Callable[[Contents, Callable[..., Any]], bridge.Bridge] | None = None,
     ) -> T:
         """As `bridge.run_with`, with these contents wherever `fn` runs.
+
+        Args:
+            made_by: makes the greenlet, which puts the contents in place whenever it goes on.
 
         Raises:
             Whatever `fn` raises.
@@ -100,14 +105,14 @@ class Contents:
         contents, task = self._joined, asyncio.current_task()
         if contents._task is task:
             # Inside a call, which waits for this one.
-            made_by = partial(_Swapping, contents)
-            return await bridge.run_with(wrapper, fn, args, kwargs, made_by=made_by)
+            made = partial(made_by or _Swapping, contents)
+            return await bridge.run_with(wrapper, fn, args, kwargs, made_by=made)
         if contents._task is not None:
             contents = contents.copy()
         contents._task, contents._before = task, _copied(contents._values)
         try:
-            made_by = partial(_Swapping, contents)
-            return await bridge.run_with(wrapper, fn, args, kwargs, made_by=made_by)
+            made = partial(made_by or _Swapping, contents)
+            return await bridge.run_with(wrapper, fn, args, kwargs, made_by=made)
         finally:
             contents._task = contents._before = None
 

@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from .install import install, is_installed, uninstall, use
+from .sessions import current
 
-__all__ = ["install", "is_installed", "uninstall", "use"]
+__all__ = ["current", "install", "is_installed", "uninstall", "use"]

@@ -7,15 +7,13 @@ import asyncio
 import contextvars
 import inspect
 import logging
-import sys
 import time
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar
 
-from django.db import connections
 from greenlet import getcurrent, greenlet
 
 from django_asyncsession import bridge
@@ -24,16 +22,18 @@ from django_asyncsession.conf import settings
 from django_asyncsession.exceptions import SessionClosedError, SessionInUseError
 from django_asyncsession.interface import databases
 from django_asyncsession.origins import task_name
-from django_asyncsession.session.session import Session
+from django_asyncsession.session.session import Attached, Session
+from django_asyncsession.threadlocals import Contents
 from django_asyncsession.transactions.checkout import taken
+from django_asyncsession.transactions.transaction import Transaction
 from django_asyncsession.unread import Unread
 
 logger = logging.getLogger("django_asyncsession")
 
 P = ParamSpec("P")
 T = TypeVar("T")
-Runner = Callable[..., Coroutine[Any, Any, Any]]
-NONE: Mapping[str, Runner] = {}
+Task = asyncio.Task[Any]
+NONE: Mapping[str, Transaction] = {}
 
 # The sessions that Django's own async methods run in, in this context.
 _current: contextvars.ContextVar[SessionSet | None] = contextvars.ContextVar(
@@ -111,7 +111,9 @@ class SessionSet:
 
     # Sync code
 
-    async def run(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+    def run(
+        self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs
+    ) -> Coroutine[Any, Any, T]:
         """Call sync code natively async. Each alias that it touches is its session's connection,
         taken when it is touched; code that touches none takes none.
 
@@ -119,19 +121,17 @@ class SessionSet:
             SessionInUseError: it would wait for a task that waits for this one.
             Whatever `fn` raises.
         """
-        result: T = await self._bridged(self._run, fn, args, kwargs)
-        return result
+        return self._run(fn, fn, args, kwargs)
 
-    async def run_on(
+    def run_on(
         self, alias: str, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs
-    ) -> T:
+    ) -> Coroutine[Any, Any, T]:
         """As `run`, taking the connection of `alias` first.
 
         Raises:
             As `run`.
         """
-        result: T = await self._bridged(self._run, _take, (alias, fn, *args), kwargs)
-        return result
+        return self._run(fn, _take, (alias, fn, *args), kwargs)
 
     @asynccontextmanager
     async def hold(
@@ -146,77 +146,68 @@ class SessionSet:
 
             async def run(fn: Callable[[], T]) -> T:
                 # A cursor that is open already does not ask for its connection.
-                runners = {alias: transaction.run}
-                result: T = await self._bridged(self._run, _take, (alias, fn), {}, runners)
+                held = {alias: transaction}
+                result: T = await self._run(fn, _take, (alias, fn), {}, held)
                 return result
 
             yield run, session.unread(transaction)
 
-    @property
-    def _bridged(self) -> Callable[..., Coroutine[Any, Any, Any]]:
-        return bridge.run if self.contents is None else self.contents.run
-
-    def _run(
-        self, fn: Callable[..., T], args: Any, kwargs: Any, runners: Mapping[str, Runner] = NONE
+    async def _run(
+        self,
+        shown: Any,
+        fn: Callable[..., T],
+        args: Any,
+        kwargs: Any,
+        held: Mapping[str, Transaction] = NONE,
     ) -> T:
-        call = Call(self, runners)
-        call.function = args[1] if fn is _take else fn
+        """Run `fn` in a `Call`.
+
+        Args:
+            shown: the function that messages name.
+            held: transactions of aliases whose sessions are in autocommit mode.
+        """
+        call = Call(self, shown, held)
         outer = call.outer
         _enclosing.set(call)
+        error: BaseException | None = None
         try:
-            return cast(T, call.go_on(call.resume(fn, args, kwargs, sys.exception())))
+            if self.contents is None:
+                return await bridge.run_with(None, fn, args, kwargs, made_by=call.made)
+            return await self.contents.run_with(None, fn, args, kwargs, made_by=call.made_with)
+        except BaseException as exc:
+            error = exc
+            raise
         finally:
             _enclosing.set(outer)
-            call.end()
-            # A traceback keeps this frame, which must not keep the greenlet.
-            del call, outer
+            try:
+                await call.end(error)
+            finally:
+                # A traceback keeps this frame, which must not keep the greenlet.
+                del call, outer, error
 
-    def lend(self, call: Call, alias: str) -> Any:
-        """Go on with `call` once it has the connection of `alias`; in the bridge.
+    async def attach(self, call: Call, alias: str) -> Attached:
+        """The connection of an alias, for a call that touches it.
 
-        Returns:
-            The result of the call.
+        Raises:
+            As `run`.
         """
+        self._check_no_deadlock(call.task, alias)
+        self._wanted[call.task] = alias
         try:
-            self._check_no_deadlock(call.task, alias)
-            self._wanted[call.task] = alias
-            run = call.runners.get(alias) or self.session(alias).run_alone
-            return _unpacked(bridge.hand_out(_outcome(run(self._enter, call, alias))))
-        except BaseException as error:
-            if alias in call.entered:
-                raise
-            # The code itself asked for the connection, so it is told that there is none.
-            call.failed[alias] = error
-            return call.go_on(call.throw(error))
+            return await self.session(alias).attach(call.held.get(alias))
         finally:
             self._wanted.pop(call.task, None)
-            # A traceback keeps this frame, which must not keep the greenlet.
-            del call
 
-    def _enter(self, call: Call, alias: str) -> Any:
-        """Go on with `call`; in the bridge that serves it the connection."""
-        call.entered.add(alias)
-        self._wanted.pop(call.task, None)
-        wrapper: Any = connections[alias]
-        try:
-            with self._held(alias, call.task), call.using(wrapper):
-                return call.go_on(call.resume(wrapper))
-        finally:
-            del call
+    def note_holder(self, alias: str, task: Task | None) -> Task | None:
+        """Note that a task has the connection of an alias; None is nobody.
 
-    @contextmanager
-    def _held(self, alias: str, task: asyncio.Task[Any] | None) -> Iterator[None]:
-        if self._takes_its_own(alias):
-            yield
-            return
-        outer = self._holders.get(alias)
-        self._holders[alias] = task
-        try:
-            yield
-        finally:
-            self._holders[alias] = outer
-            if outer is None:
-                del self._holders[alias]
+        Returns:
+            Who had it before.
+        """
+        before = self._holders.pop(alias, None)
+        if task is not None:
+            self._holders[alias] = task
+        return before
 
     def _takes_its_own(self, alias: str) -> bool:
         """Whether each call on an alias takes a connection of its own, so that none waits."""
@@ -351,49 +342,60 @@ class _Parts(AsyncIterator[T]):
                 await aclose()
 
 
-class _Wanted:
-    """What a call hands out when it needs the connection of an alias."""
-
-    def __init__(self, alias: str) -> None:
-        self.alias = alias
-
-
 class Call(bridge.Bridge):
-    """The greenlet that sync code runs in. What it awaits, and the connections it asks for, it
-    gets from the greenlet it runs below; that changes with each connection it takes."""
+    """The greenlet that sync code runs in. The connections that it asks for, it keeps to its
+    end."""
 
-    def __init__(self, sessions: SessionSet, runners: Mapping[str, Runner]) -> None:
+    def __init__(
+        self, sessions: SessionSet, function: Any, held: Mapping[str, Transaction]
+    ) -> None:
         super().__init__(bridge.call)
-        # The same context object, not a copy: what the code sets, the caller sees.
-        self.gr_context = getcurrent().gr_context
-        self.sessions = sessions
-        self.function: Any = None
-        # What serves the connection of an alias, where it is not the session's own choice.
-        self.runners = runners
+        self.sessions, self.function = sessions, function
+        # Transactions of aliases, where they are not the session's own choice.
+        self.held = held
         self.task = asyncio.current_task()
         self.wrappers: dict[str, BridgedMixin] = {}
-        self.entered: set[str] = set()
         self.failed: dict[str, BaseException] = {}
-        self._borrowed: list[tuple[BridgedMixin, weakref.ref[greenlet] | None]] = []
+        # What is given back at the end, and who had it before.
+        self._attached: list[tuple[str, Attached, Task | None]] = []
+        self._lent: list[tuple[BridgedMixin, weakref.ref[greenlet] | None]] = []
+        self._contents: Contents | None = None
         outer = _enclosing.get()
         self.outer = outer if outer is not None and outer.task is self.task else None
 
-    def resume(self, *value: Any) -> Any:
-        """Run the code until it hands something out, and log it when that took too long."""
-        limit = self.sessions.block_warning
-        if limit is None:
-            return self.switch(*value)
-        started = time.monotonic()
+    def made(self, fn: Callable[..., Any]) -> Call:
+        """This; what makes greenlets is asked for one."""
+        return self
+
+    def made_with(self, contents: Contents, fn: Callable[..., Any]) -> Call:
+        """This, with contents of thread-locals."""
+        self._contents = contents
+        return self
+
+    def enter(self, *values: Any) -> Any:
+        """Go on with the code, and log it when it took too long."""
+        return self._go_on(self.switch, *values)
+
+    def fail(self, error: Any) -> Any:
+        """Go on with the code by raising an error in it."""
+        return self._go_on(self.throw, error)
+
+    def _go_on(self, switch: Callable[..., Any], *values: Any) -> Any:
+        limit, started = self.sessions.block_warning, time.monotonic()
         try:
-            return self.switch(*value)
+            if self._contents is None:
+                return switch(*values)
+            return self._contents.go_on(switch, *values)
         finally:
-            if (seconds := time.monotonic() - started) > limit:
+            if limit is not None and (seconds := time.monotonic() - started) > limit:
                 logger.warning(
                     "%s blocked the event loop for %.3f s; let it keep its thread with "
                     "@keep_thread, or let it wait with async code",
                     _described(self.function),
                     seconds,
                 )
+            # A traceback keeps this frame, which must not keep the greenlet.
+            del switch, values
 
     def connection(self, alias: str) -> Any:
         """The connection of an alias; called in this greenlet, where the code uses
@@ -408,7 +410,21 @@ class Call(bridge.Bridge):
         if alias in self.failed:
             # Django's blocks ask again while they unwind: not one more wait for a full pool.
             raise self.failed[alias]
-        return self._borrow(alias) or cast(greenlet, self.parent).switch(_Wanted(alias))
+        return self._borrow(alias) or self._attach(alias)
+
+    def _attach(self, alias: str) -> BridgedMixin:
+        try:
+            attached = bridge.await_(self.sessions.attach(self, alias))
+            # Nobody waits for one that each call takes for itself.
+            is_waited_for = not (attached.is_own or alias in self.held)
+            before = self.sessions.note_holder(alias, self.task if is_waited_for else None)
+            self._attached.append((alias, attached, before))
+            self._lend(attached.transaction.wrapper)
+            return attached.transaction.prepare()
+        except BaseException as error:
+            self.wrappers.pop(alias, None)
+            self.failed[alias] = error
+            raise
 
     def _borrow(self, alias: str) -> BridgedMixin | None:
         """The connection that a call of the same task has, which awaits this one: an async
@@ -417,59 +433,51 @@ class Call(bridge.Bridge):
         while outer is not None:
             wrapper = outer.wrappers.get(alias)
             if wrapper is not None and outer.sessions is self.sessions:
-                self._borrowed.append((wrapper, wrapper.serving))
-                wrapper.serving = weakref.ref(self)
-                self.wrappers[alias] = wrapper
+                self._lend(wrapper)
                 return wrapper
             outer = outer.outer
         return None
 
-    def end(self) -> None:
-        """Give what was borrowed back."""
-        self.outer = None
-        for wrapper, serving in reversed(self._borrowed):
-            wrapper.serving = serving
-        self._borrowed.clear()
-        self.wrappers.clear()
-        self.failed.clear()
-        self.function = None
-
-    @contextmanager
-    def using(self, wrapper: BridgedMixin) -> Iterator[None]:
-        """Let the code of this greenlet use a connection that is served to the one it runs
-        below."""
-        outer = wrapper.serving
+    def _lend(self, wrapper: BridgedMixin) -> None:
+        """Let the code of this greenlet use a connection."""
+        self._lent.append((wrapper, wrapper.serving))
         wrapper.serving = weakref.ref(self)
         self.wrappers[wrapper.alias] = wrapper
-        self.parent = getcurrent()
-        try:
-            yield
-        finally:
-            wrapper.serving = outer
-            self.wrappers.pop(wrapper.alias, None)
 
-    def go_on(self, outcome: Any) -> Any:
-        """Do what the code hands out until it has returned; called in the bridge, by the greenlet
-        that it runs below.
+    async def end(self, error: BaseException | None) -> None:
+        """Give all connections back.
 
-        Returns:
-            The result of the code.
+        Args:
+            error: what the code raised.
+
+        Raises:
+            What the error means, if it means another one.
         """
+        self.outer = None
+        for wrapper, serving in reversed(self._lent):
+            wrapper.serving = serving
+        self._lent.clear()
+        self.wrappers.clear()
+        self.failed.clear()
         try:
-            while not self.dead:
-                if isinstance(outcome, _Wanted):
-                    return self.sessions.lend(self, outcome.alias)
-                try:
-                    value = bridge.hand_out(outcome.pop())
-                except BaseException as error:
-                    self.closing = getcurrent().closing  # type: ignore[attr-defined]
-                    outcome = self.throw(error)
-                else:
-                    outcome = self.resume(value)
-            return outcome
+            await self._leave(error)
         finally:
-            outcome = value = None
-            del self
+            del self, error
+
+    async def _leave(self, error: BaseException | None) -> None:
+        """Give the connection that was taken last back, and then the others."""
+        if not self._attached:
+            return
+        alias, attached, before = self._attached.pop()
+        self.sessions.note_holder(alias, before)
+        try:
+            await attached.leave(error)
+        except BaseException as exc:
+            error = exc
+            raise
+        finally:
+            await self._leave(error)
+            del self, error
 
 
 def _described(fn: Any) -> str:
@@ -508,29 +516,6 @@ def current_call() -> Call | None:
     """The call that this sync code is in, if its sessions serve it."""
     this = getcurrent()
     return this if isinstance(this, Call) else None
-
-
-async def _outcome(call: Awaitable[T]) -> tuple[T | None, Exception | None]:
-    """The result of a call, or its error: raised in the bridge, it would lose its traceback, and
-    with it the line of the user's that failed."""
-    try:
-        return await call, None
-    except Exception as error:
-        return None, error
-
-
-def _unpacked(outcome: tuple[T | None, Exception | None]) -> Any:
-    result, error = outcome
-    if error is None:
-        return result
-    context = error.__context__
-    try:
-        raise error
-    finally:
-        # It was raised where what is being handled here was known.
-        error.__context__ = context
-        # The error keeps this frame, which must not keep the error.
-        del outcome, error, context
 
 
 def is_enclosed() -> bool:

@@ -18,7 +18,7 @@ from collections.abc import (
 )
 from contextlib import AbstractContextManager, asynccontextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, Protocol, Self, TypeVar
 from weakref import ref
 
 from django.db import connections
@@ -40,6 +40,7 @@ from django_asyncsession.transactions.blocks import Block
 from django_asyncsession.transactions.checkout import (
     Source,
     State,
+    Use,
     check_loop,
     nothing_can_wait,
     session_closed,
@@ -70,6 +71,34 @@ class Companions(Protocol):
 
     def beside(self, session: Session) -> AbstractContextManager[None]:
         """Make another session the current one for a block."""
+
+
+class Attached(NamedTuple):
+    """A connection that sync code has asked for while it runs."""
+
+    transaction: Transaction
+    use: Use
+    # It ends with the use, as in autocommit mode.
+    is_own: bool
+
+    async def leave(self, error: BaseException | None) -> None:
+        """Give it back.
+
+        Args:
+            error: what the code raised.
+
+        Raises:
+            What the error means, if it means another one.
+        """
+        try:
+            self.transaction.end_use(self.use, error)
+        except BaseException as exc:
+            error = exc
+            raise
+        finally:
+            if self.is_own:
+                kind = None if error is None else type(error)
+                await self.transaction.__aexit__(kind, error, None)
 
 
 class Session:
@@ -715,6 +744,26 @@ class Session:
         if (transaction := self._going_on) is not None:
             return transaction.run(fn, *args, **kwargs)
         return self._in_transaction(lambda transaction: transaction.run(fn, *args, **kwargs))
+
+    async def attach(self, transaction: Transaction | None = None) -> Attached:
+        """The connection for sync code that asks for it while it runs, which `Attached.leave`
+        gives back; what native mode calls.
+
+        Args:
+            transaction: one that is held already; None is that in progress, or in autocommit mode
+                one for this.
+
+        Raises:
+            As `run_sync`.
+        """
+        is_own = transaction is None and self._is_one_statement_mode
+        if is_own:
+            self._check_begun()
+            transaction = self._new_transaction().begin_now()
+        elif transaction is None:
+            transaction = self._going_on or await self._current()
+        assert transaction is not None
+        return Attached(transaction, await transaction.begin_use(), is_own)
 
     async def render(
         self,

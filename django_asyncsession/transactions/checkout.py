@@ -10,7 +10,7 @@ import logging
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, NoReturn, ParamSpec, Protocol, TypeVar
+from typing import Any, NamedTuple, NoReturn, ParamSpec, Protocol, TypeVar
 
 from django.db import Error, OperationalError
 
@@ -69,6 +69,15 @@ class Source(Protocol):
     def vendor(self) -> str: ...
 
     async def acquire(self) -> Lease[BridgedMixin]: ...
+
+
+class Use(NamedTuple):
+    """A use of a connection by sync code that asked for it while it ran."""
+
+    mark: Mark
+    # The task whose call runs around it, and how often this one had been asked to end before.
+    outer: Task | None
+    cancels: int
 
 
 class Checkout:
@@ -238,6 +247,64 @@ class Checkout:
             self._doom(None)
         return result
 
+    # What `run` does around a call, in two halves: for sync code that asks for the connection
+    # while it runs.
+
+    async def begin_use(self) -> Use:
+        """Take the turn and the connection; `prepare` comes next, and `end_use` last.
+
+        Raises:
+            As `run`.
+        """
+        mark = await self.take_turn()
+        use = Use(mark, self._running, cancels())
+        self._running = asyncio.current_task()
+        try:
+            if self._lease is None:
+                await self._take()
+            elif self._lease.shared:
+                await self._lease.turn()
+        except BaseException as exc:
+            self.end_use(use, exc)
+            raise
+        return use
+
+    def prepare(self) -> BridgedMixin:
+        """Begin, if nothing was sent yet; called in the bridge.
+
+        Returns:
+            The connection.
+        """
+        wrapper = self.wrapper
+        if not self._entered:
+            self._begin(wrapper)
+        return wrapper
+
+    def end_use(self, use: Use, error: BaseException | None) -> None:
+        """Let the next have the turn.
+
+        Args:
+            error: what the code raised.
+
+        Raises:
+            What the error means, if it means another one.
+        """
+        try:
+            if error is not None:
+                self._translate(error, use.cancels)
+            else:
+                self._check_after_call()
+        finally:
+            self._running = use.outer
+            self.leave_turn(use.mark)
+
+    def _check_after_call(self) -> None:
+        if self._stopped_with is not None:
+            # The code has swallowed it, and goes on.
+            self._take_stop()
+        if self.wrapper.transaction_state is TransactionState.FAILED:
+            self._doom(None)
+
     async def call_within(self, seconds: float, fn: Callable[[], T]) -> T:
         """As `call`, but cut after so many seconds, and the connection closed with it.
 
@@ -284,13 +351,16 @@ class Checkout:
     def _begun(
         self, wrapper: BridgedMixin, fn: Callable[..., T], args: Any, kwargs: dict[str, Any] | None
     ) -> T:
+        self._begin(wrapper)
+        return fn(*args, **kwargs or {})
+
+    def _begin(self, wrapper: BridgedMixin) -> None:
         self._enter(wrapper)
         if self.snapshot is not None:
             wrapper.import_snapshot(self.snapshot)
         if connection_leased.receivers:
             self._announce(wrapper)
         self._entered = True
-        return fn(*args, **kwargs or {})
 
     def _announce(self, wrapper: BridgedMixin) -> None:
         """Let receivers set up the lease; an error of theirs is one of the transaction."""
