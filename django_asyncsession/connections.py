@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from django.db import connections
@@ -17,6 +19,9 @@ class Connections(type(connections)):  # type: ignore[misc]
     """`django.db.connections`: in sync code that a session runs it gives that session's connection,
     and everywhere else what Django gives."""
 
+    # Given to every thread and task that has none of its own, by alias.
+    shared: Mapping[str, Any] = MappingProxyType({})
+
     def __getitem__(self, alias: str) -> Any:
         """The connection of an alias."""
         call = getcurrent()
@@ -27,6 +32,8 @@ class Connections(type(connections)):  # type: ignore[misc]
                 wrapper = _stand_in(wrapper, alias)
             if wrapper is not None:
                 return wrapper
+        if self.shared and alias in self.shared:
+            return getattr(self._connections, alias, self.shared[alias])
         return super().__getitem__(alias)
 
     def create_connection(self, alias: str) -> Any:
@@ -47,8 +54,11 @@ class Connections(type(connections)):  # type: ignore[misc]
         closes, and whose list of queries it empties, when a request begins and ends."""
         if initialized_only and in_bridge():
             return []
-        found: list[Any] = super().all(initialized_only)
-        return found
+        return [
+            self[alias]
+            for alias in self
+            if not initialized_only or alias in self.shared or hasattr(self._connections, alias)
+        ]
 
 
 def _stand_in(wrapper: BridgedMixin, alias: str) -> Any:

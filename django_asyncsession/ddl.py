@@ -18,13 +18,12 @@ from django.db.models import Field, Model
 from .orm.columns import Column
 from .orm.tables import RowTable, model_of
 from .orm.writes import path_of
-from .session.session import Session
-from .transactions.checkout import Source
+from .session.session import Database, Session
 
 T = TypeVar("T")
 
 
-class Bind(Source, Protocol):
+class Bind(Database, Protocol):
     """What changing the schema needs of a database."""
 
     @property

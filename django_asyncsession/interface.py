@@ -63,6 +63,8 @@ class DatabaseInterface:
         self._own_settings = None if settings_dict is None else masked(settings_dict)
         # Where connections come from instead of the pools: in a test, from the test's own.
         self.source: Source | None = None
+        # What sessions work in; a test's own kind knows of its shared connection.
+        self.transaction_class: type[Transaction] = Transaction
         self._pools: dict[int, tuple[tuple[Any, ...], Pool[BridgedMixin]]] = {}
         _interfaces.add(self)
 
@@ -291,7 +293,7 @@ class DatabaseInterface:
         Raises:
             ConfigurationError: an option that cannot be.
         """
-        return Transaction(self, contents=threadlocals.new(), **options)
+        return self.transaction_class(self, contents=threadlocals.new(), **options)
 
     def get_ddl_session(self) -> DDLSession:
         """A session that changes the schema."""

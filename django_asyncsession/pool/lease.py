@@ -23,11 +23,6 @@ C = TypeVar("C")
 class Lease(Generic[C]):
     """One holder's right to one connection; `release` ends it, and so does being forgotten."""
 
-    # The connection is a test's, which others use as well, and its holders take turns: see
-    # `sharing.py`.
-    shared = False
-    # It is for the session that a test has as its own, which is ended with the test.
-    lends = False
     released = True
     # While somebody wants to know: called, they give the task that took it, and the one that made
     # the session, which may have others work for it. Neither is kept alive.
@@ -59,15 +54,6 @@ class Lease(Generic[C]):
         if not self.released:
             self.released = True
             self._pool._take_back(self, usable, lost)
-
-    async def turn(self) -> None:
-        """Wait for the turn to use a shared connection."""
-
-    async def finish(self) -> None:
-        """Give a shared connection back."""
-
-    def finish_now(self) -> None:
-        """Give a shared connection back without awaiting."""
 
     def __del__(self) -> None:
         if self.released or sys.is_finalizing():

@@ -266,8 +266,7 @@ class Pool(Generic[C]):
         while self._idle:
             self._discard(self._idle.popleft())
         for lease in self.leases:
-            if not lease.lends:
-                self.cut_off.append(lease.made_at)
+            self.cut_off.append(lease.made_at)
             lease.release(usable=False)
         if self._can_spawn():
             for task in self._openers | self._checkers:

@@ -58,6 +58,13 @@ T = TypeVar("T")
 M = TypeVar("M", bound=Model)
 
 
+class Database(Source, Protocol):
+    """What a session needs of its database."""
+
+    @property
+    def transaction_class(self) -> type[Transaction]: ...
+
+
 class Companions(Protocol):
     """The sessions of other aliases that end with a session, and serve what it runs."""
 
@@ -135,7 +142,7 @@ class Session:
 
     def __init__(
         self,
-        bind: Source,
+        bind: Database,
         *,
         autocommit: bool = False,
         isolation: str | None = None,
@@ -995,7 +1002,7 @@ class Session:
 
     def _new_transaction(self, autocommit: bool | None = None) -> Transaction:
         mode = self.autocommit if autocommit is None else autocommit
-        transaction = Transaction(
+        transaction = self.bind.transaction_class(
             self._source,
             autocommit=mode,
             site=self.site,

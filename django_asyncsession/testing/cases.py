@@ -18,13 +18,14 @@ from django.test import TestCase, TransactionTestCase
 from django_asyncsession.backends.base import BridgedMixin
 from django_asyncsession.conf import settings
 from django_asyncsession.interface import databases
+from django_asyncsession.origins import creation_site
 from django_asyncsession.pool.lease import Lease
 from django_asyncsession.session.session import Session
 from django_asyncsession.transactions.checkout import Source, State
 
 from .leaks import assert_no_leaks
 from .queries import async_assert_num_queries, capture_on_commit_callbacks, capture_queries
-from .sharing import RealSessions, SharedSource, Sharing
+from .sharing import OwnSite, RealSessions, SharedSource, Sharing
 
 if TYPE_CHECKING:
     _TestCase = TransactionTestCase
@@ -72,9 +73,8 @@ class _Lending:
     async def acquire(self) -> Lease[BridgedMixin]:
         source = getattr(self._bind, "source", None)
         if isinstance(source, SharedSource):
-            return await source.acquire(lends=True)
+            return await source.acquire(is_of_test=True)
         lease: Lease[BridgedMixin] = await self._bind.acquire()
-        lease.lends = True
         return lease
 
 
@@ -84,7 +84,8 @@ def own_session(alias: str | None = None) -> OwnSession:
     Args:
         alias: the database; None is that of the middleware.
     """
-    return OwnSession(databases[alias or settings.ALIAS], begin_on_use=True)
+    site = OwnSite(creation_site())
+    return OwnSession(databases[alias or settings.ALIAS], begin_on_use=True, site=site)
 
 
 # Test cases

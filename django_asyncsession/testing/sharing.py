@@ -13,7 +13,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from asgiref.local import Local
 from asgiref.sync import SyncToAsync
@@ -32,22 +32,23 @@ from django_asyncsession.exceptions import (
     SharedConnectionWarning,
 )
 from django_asyncsession.interface import IDENTITY, DatabaseInterface, databases
-from django_asyncsession.origins import creation_site, made, task_name
+from django_asyncsession.origins import Site, creation_site, made, task_name
 from django_asyncsession.pool.lease import Lease
 from django_asyncsession.pool.pool import Pool
-from django_asyncsession.transactions.checkout import taken
+from django_asyncsession.transactions.checkout import Use, taken
+from django_asyncsession.transactions.transaction import Transaction
 
 from .wrapper import END_SECONDS, TURN_SECONDS, Exclusive, SharedMixin, over, shared_class
+
+T = TypeVar("T")
 
 
 class SharedLease(Lease[BridgedMixin]):
     """A session's turn on the shared connection. Turns nest, and end in the reverse order."""
 
-    shared = True
-
-    def __init__(self, source: SharedSource, *, lends: bool) -> None:
+    def __init__(self, source: SharedSource, *, is_of_test: bool) -> None:
         wrapper = source.wrapper
-        self._source, self.lends = source, lends
+        self._source, self.is_of_test = source, is_of_test
         self.connection = wrapper
         self.depth = len(wrapper.savepoint_ids), len(wrapper.atomic_blocks)
         # The session's savepoint, until it is rolled back.
@@ -104,6 +105,53 @@ class SharedLease(Lease[BridgedMixin]):
             self._source.take_back(self)
 
 
+class OwnSite(Site):
+    """Where the session was made that a test has as its own, and which is ended with the test."""
+
+    __slots__ = ()
+
+
+class SharedTransaction(Transaction):
+    """A transaction that may be on the shared connection, in its turn."""
+
+    async def call(
+        self, fn: Callable[..., T], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> T:
+        """As that of others, once the sessions that are nested in this one have ended."""
+        if isinstance(self.lease, SharedLease):
+            await self.lease.turn()
+        return await super().call(fn, args, kwargs)
+
+    async def begin_use(self) -> Use:
+        """As that of others, once the sessions that are nested in this one have ended."""
+        use = await super().begin_use()
+        if isinstance(self.lease, SharedLease):
+            try:
+                await self.lease.turn()
+            except BaseException as exc:
+                self.end_use(use, exc)
+                raise
+        return use
+
+    async def give_back(self) -> None:
+        """End the session's savepoint and its turn."""
+        lease = self.lease
+        if isinstance(lease, SharedLease):
+            self.lease = None
+            await lease.finish()
+        else:
+            await super().give_back()
+
+    def close_connection(self) -> None:
+        """End the session's savepoint and its turn without awaiting."""
+        lease = self.lease
+        if isinstance(lease, SharedLease):
+            self.lease = None
+            lease.finish_now()
+        else:
+            super().close_connection()
+
+
 def _call_blocking(fn: Callable[[], None]) -> None:
     """Call what waits for the database; in a thread if a loop runs in this one, where Django
     refuses to wait."""
@@ -128,11 +176,11 @@ class SharedSource:
         self._open: list[SharedLease] = []
         self._waiters: deque[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = deque()
 
-    async def acquire(self, *, lends: bool = False) -> Lease[BridgedMixin]:
+    async def acquire(self, *, is_of_test: bool = False) -> Lease[BridgedMixin]:
         """A turn for a session; a connection of a pool when no test case's transaction is open.
 
         Args:
-            lends: whether any other session may nest in it: the test's own session.
+            is_of_test: it is the test's own session, in which any other may nest.
 
         Raises:
             PoolTimeout: the session before did not end in time.
@@ -143,7 +191,7 @@ class SharedSource:
             return await self.interface.pool().acquire()
         await self._wait(self._may_nest)
         self._check_sound()
-        lease = SharedLease(self, lends=lends)
+        lease = SharedLease(self, is_of_test=is_of_test)
         self._open.append(lease)
         self.wrapper.current = lease
         taken.set((*(other for other in taken.get() if not other.released), lease))
@@ -171,7 +219,7 @@ class SharedSource:
         if not self._open:
             return True
         top = self._open[-1]
-        return top.lends or top in taken.get() or top.owner is asyncio.current_task()
+        return top.is_of_test or top in taken.get() or top.owner is asyncio.current_task()
 
     async def turn(self, lease: SharedLease) -> None:
         """Wait until the sessions that are nested in this one have ended.
@@ -183,7 +231,7 @@ class SharedSource:
         if lease.released or self._open[-1] is lease:
             return
         top = self._open[-1]
-        if top.owner is asyncio.current_task() or lease.lends:
+        if top.owner is asyncio.current_task() or lease.is_of_test:
             raise SessionInUseError(
                 f"the session of {self.alias!r} {made(lease.made_at)} is used while the one made "
                 f"at {top.made_at} is open; in a test they share one connection, so end that one "
@@ -235,7 +283,7 @@ class SharedSource:
     @property
     def leases(self) -> list[SharedLease]:
         """The turns of sessions that are open, but for those of the test's own."""
-        return [lease for lease in self._open if not lease.lends]
+        return [lease for lease in self._open if not lease.is_of_test]
 
     def settle(self) -> list[Any]:
         """Roll back what open sessions did, blocking; return where those that were left open were
@@ -318,8 +366,9 @@ class RealSessions:
             opened = [lease for lease in pool.leases if lease not in self._before]
             # A loop that runs in another thread serves its requests to the end.
             if opened and not pool.is_running:
-                left += [lease.made_at for lease in opened if not lease.lends]
+                left += [lease.made_at for lease in opened]
                 pool.close_now()
+        left = [site for site in left if not isinstance(site, OwnSite)]
         for site in left:
             warnings.warn(
                 f"a session made at {site} was left open at the end of the test; use `async "
@@ -342,24 +391,6 @@ def _close_in_thread() -> None:
     concurrent.futures.wait([closed], timeout=END_SECONDS)
 
 
-class SharedStorage:
-    """Stands in the place of `connections`' own storage: every thread and task finds the shared
-    connections, but where a session serves its own."""
-
-    def __init__(self, shared: dict[str, SharedMixin]) -> None:
-        self.__dict__.update(_shared=shared, _own=Local(thread_critical=True))
-
-    def __getattr__(self, alias: str) -> Any:
-        shared = self._shared.get(alias)
-        return getattr(self._own, alias) if shared is None else getattr(self._own, alias, shared)
-
-    def __setattr__(self, alias: str, wrapper: Any) -> None:
-        setattr(self._own, alias, wrapper)
-
-    def __delattr__(self, alias: str) -> None:
-        delattr(self._own, alias)
-
-
 class Sharing:
     """Puts the shared connections in the place of Django's own and of the pools, until `end`."""
 
@@ -380,9 +411,11 @@ class Sharing:
             interface = databases[alias]
             self._outer_sources[alias] = interface.source
             interface.source = self.sources[alias] = SharedSource(interface, wrapper)
-        self._outer = handler._connections
-        shared = {alias: source.wrapper for alias, source in self.sources.items()}
-        handler._connections = SharedStorage(shared)
+            interface.transaction_class = SharedTransaction
+        # Django's own of this thread are put away meanwhile.
+        self._outer = handler._connections, handler.shared
+        handler._connections = Local(thread_critical=True)
+        handler.shared = {alias: source.wrapper for alias, source in self.sources.items()}
 
     def settle(self) -> list[Any]:
         """End the sessions that are still open, and say where they were made; to be called before
@@ -400,7 +433,8 @@ class Sharing:
     def end(self) -> None:
         """Share no more; to be called after the test case has rolled back."""
         handler: Any = connections
-        handler._connections = self._outer
+        handler._connections, handler.shared = self._outer
         for alias in self.sources:
             databases[alias].source = self._outer_sources[alias]
+            databases[alias].transaction_class = Transaction
         self.sources.clear()

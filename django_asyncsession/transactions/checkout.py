@@ -110,7 +110,7 @@ class Checkout:
         # Whoever alone may use it: the task of the innermost block, or of an `atomic()`.
         self.owner: Task | None = None
         self.turn = Turn(self.alias)
-        self._lease: Lease[BridgedMixin] | None = None
+        self.lease: Lease[BridgedMixin] | None = None
         # What the first call does before anything else was done.
         self._entered = False
         # Whom it is for; not kept alive by it.
@@ -223,11 +223,9 @@ class Checkout:
         outer, self._running = self._running, task
         before = 0 if task is None else task.cancelling()
         try:
-            lease = self._lease
+            lease = self.lease
             if lease is None:
                 lease = await self._take()
-            elif lease.shared:
-                await lease.turn()
             wrapper = lease.connection
             if self._entered:
                 result: T = await self._run_with(wrapper, fn, args, kwargs)
@@ -260,10 +258,8 @@ class Checkout:
         use = Use(mark, self._running, cancels())
         self._running = asyncio.current_task()
         try:
-            if self._lease is None:
+            if self.lease is None:
                 await self._take()
-            elif self._lease.shared:
-                await self._lease.turn()
         except BaseException as exc:
             self.end_use(use, exc)
             raise
@@ -345,7 +341,7 @@ class Checkout:
         lease.made_at = self._site
         if lease.holder is not None:
             lease.maker = getattr(self.session(), "maker", None)
-        self._lease = lease
+        self.lease = lease
         return lease
 
     def _begun(
@@ -395,7 +391,7 @@ class Checkout:
             error: what the call raised.
             before: how often the task had been asked to end when the call began.
         """
-        lease = self._lease
+        lease = self.lease
         cancelled = lease is not None and lease.connection.cut and cancels() > before
         stopped = None if self._stopped_with is None else self._take_stop()
         if cancelled or isinstance(error, asyncio.CancelledError):
@@ -413,9 +409,9 @@ class Checkout:
     def _note(self, error: Exception) -> bool:
         """Let no statement follow an error of the database; tell whether it was a timeout of the
         server."""
-        if self._lease is None:
+        if self.lease is None:
             return False
-        wrapper = self._lease.connection
+        wrapper = self.lease.connection
         of_driver = isinstance(error, Error) and isinstance(error.__cause__, wrapper.Database.Error)
         if wrapper.transaction_state in DEAD or (of_driver and wrapper.statement_rollback):
             self._doom(error)
@@ -432,12 +428,12 @@ class Checkout:
     @property
     def is_taken(self) -> bool:
         """Whether there is a connection."""
-        return self._lease is not None
+        return self.lease is not None
 
     @property
     def holds_connection(self) -> bool:
         """Whether a connection is taken from the pool, and nobody else has ended its lease."""
-        return self._lease is not None and not self._lease.released
+        return self.lease is not None and not self.lease.released
 
     @property
     def is_lost(self) -> bool:
@@ -454,15 +450,15 @@ class Checkout:
         Raises:
             SessionClosedError: it was given back.
         """
-        if self._lease is None:
+        if self.lease is None:
             raise SessionClosedError(
                 f"the transaction on {self.alias!r} has no connection any more"
             )
-        return self._lease.connection
+        return self.lease.connection
 
     @property
     def _wrapper(self) -> BridgedMixin | None:
-        return None if self._lease is None else self._lease.connection
+        return None if self.lease is None else self.lease.connection
 
     @property
     def changed(self) -> str:
@@ -471,11 +467,8 @@ class Checkout:
 
     async def give_back(self) -> None:
         """Return the connection to its pool, reset; or close it when its state is not certain."""
-        lease, self._lease = self._lease, None
+        lease, self.lease = self.lease, None
         if lease is None:
-            return
-        if lease.shared:
-            await lease.finish()
             return
         wrapper, usable = lease.connection, False
         gone = wrapper.abandoned or wrapper.transaction_state is TransactionState.UNKNOWN
@@ -492,10 +485,8 @@ class Checkout:
 
     def close_connection(self) -> None:
         """Close the connection without awaiting."""
-        lease, self._lease = self._lease, None
-        if lease is not None and lease.shared:
-            lease.finish_now()
-        elif lease is not None:
+        lease, self.lease = self.lease, None
+        if lease is not None:
             lease.connection.lease = None
             lease.connection.abandon()
             lease.connection.scrub()

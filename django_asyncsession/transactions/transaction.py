@@ -455,7 +455,7 @@ class Transaction(RawSQL):
         """Why the transaction must not be committed although nobody asked to roll it back."""
         (begun_by, before), task = self._begun_by, asyncio.current_task()
         cancelled = task is not None and task.cancelling() > (before if task is begun_by else 0)
-        lease = self._lease
+        lease = self.lease
         if cancelled or (lease is not None and lease.connection.cut):
             return "is rolled back, because a cancellation inside it was swallowed"
         if lease is None:
@@ -479,7 +479,7 @@ class Transaction(RawSQL):
 
     @property
     def _is_rollback_wanted(self) -> bool:
-        lease = self._lease
+        lease = self.lease
         return self._rollback_wanted or (lease is not None and lease.connection.is_rollback_wanted)
 
     async def _send_commit(self, wrapper: BridgedMixin, atomic: Atomic) -> None:
