@@ -8,42 +8,46 @@ import json
 import os
 import subprocess
 import sys
+import uuid
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
-import psycopg
 import pytest
-from django.db import connections
 
-from tests.test_testproject import answers, free_port, url_of
+from tests.faults import OwnServer
+from tests.test_testproject import answers, free_port
 
 ROOT = Path(__file__).parents[2]
+# One worker of a parallel run makes the tenants, which takes longer than the tests do.
+pytestmark = pytest.mark.xdist_group("tenants")
 REQUESTS = 60
 HOSTS = ["ann.test", "bob.test"]
 SETTINGS = "tests.ecosystem.tenants.settings"
 
 
 @pytest.fixture(scope="module")
-def url(test_databases: None) -> Iterator[str]:
-    """The URL of a database with the two tenants, made with the package's own commands."""
-    name = f"{connections['default'].settings_dict['NAME']}_tenants"
-    server = os.environ["TEST_POSTGRES_URL"]
-    url = url_of("default").replace(connections["default"].settings_dict["NAME"], name)
-    with psycopg.connect(server, autocommit=True) as connection:
-        connection.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
-        connection.execute(f"CREATE DATABASE {name}")
+def url() -> Iterator[str]:
+    """The URL of a database with the two tenants, made with the package's own commands.
+
+    The server is this module's own: django-tenants' middleware is sync, so Django runs it in a
+    thread for each request, which keeps a connection of its own until the request has ended. With
+    the pool's that is more than a shared server has to spare beside other tests.
+    """
+    server = OwnServer()
     try:
+        with server.connect() as connection:
+            connection.execute("CREATE DATABASE tenants")
+        url = server.dsn(name="tenants")
         manage(url, "migrate_schemas", "--shared", "--run-syncdb")
         for schema, host in [("public", "test"), ("ann", "ann.test"), ("bob", "bob.test")]:
             domain = [f"--domain-domain={host}", "--domain-is_primary=True"]
             manage(url, "create_tenant", "--noinput", f"--schema_name={schema}", *domain)
         yield url
     finally:
-        with psycopg.connect(server, autocommit=True) as connection:
-            connection.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
+        server.stop()
 
 
 def manage(url: str, *args: str) -> None:
@@ -87,6 +91,8 @@ async def test_every_answer_is_of_its_tenant_and_no_connection_keeps_one(
 ) -> None:
     view, options, env = WAYS[way]
     limits = httpx.Limits(max_connections=REQUESTS)
+    # The names of authors are unique, and stay.
+    this = uuid.uuid4().hex[:8]
     async with (
         served(url, TENANTS_OPTIONS=json.dumps(options), **env) as base,
         httpx.AsyncClient(base_url=base, timeout=60, limits=limits) as http,
@@ -94,7 +100,7 @@ async def test_every_answer_is_of_its_tenant_and_no_connection_keeps_one(
 
         async def ask(number: int) -> tuple[str, httpx.Response]:
             host = HOSTS[number % 2]
-            name = f"{host.removesuffix('.test')}-{way}-{number}"
+            name = f"{host.removesuffix('.test')}-{way}-{this}-{number}"
             return name, await http.get(f"/{view}/{name}/", headers={"Host": host})
 
         answered = await asyncio.gather(*map(ask, range(REQUESTS)))

@@ -29,7 +29,7 @@ def test_the_tests_of_the_seed_and_of_the_shop_pass_unchanged(tool: str, tmp_pat
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *FILES]
     # What starts with the interpreter is there before pytest.
     imported = "ignore:Module already imported:pytest.PytestAssertRewriteWarning"
-    options = ["-W", imported, "--maxfail=5", "--reruns=1", *ONLY.get(tool, [])]
+    options = ["-W", imported, "--maxfail=5", *ONLY.get(tool, [])]
     done = subprocess.run([*command, *options], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, f"{done.stdout[-8000:]}\n{done.stderr[-4000:]}"
     # The tool was there, and saw something, in the tests themselves and in the server they start.
