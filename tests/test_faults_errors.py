@@ -1,9 +1,13 @@
 """Whatever is done on a connection that was lost raises Django's errors, not the driver's: every
-operation, with the connection broken at each of its messages. On real pools, through a proxy."""
+operation, with the connection broken at each of its messages. On real pools, through a proxy.
+
+SQLite has no messages; there each call of its driver fails.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import sqlite3
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
@@ -12,6 +16,7 @@ from django.core.exceptions import ObjectDoesNotExist
 from django.db import Error, connections, transaction
 
 from django_asyncsession import DatabaseInterface
+from django_asyncsession.backends.threaded import DriverThread
 from tests.faults import CLIENT, RESET, RESET_AFTER, outcome_of, watchdog
 from tests.models import User
 from tests.sessions import INSERT, behind, pool
@@ -20,6 +25,8 @@ Operation = Callable[[DatabaseInterface], Awaitable[Any]]
 ROWS = {
     "postgresql": "SELECT generate_series(1, 20)",
     "mysql": "SELECT seq FROM seq_1_to_20",
+    "sqlite": "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 3000) "
+    "SELECT i FROM n",
 }
 # More steps than any operation has.
 STEPS = 60
@@ -141,6 +148,12 @@ async def about_the_server(db: DatabaseInterface) -> None:
     await db.get_db_server_version()
 
 
+async def connecting(db: DatabaseInterface) -> None:
+    await db.close()
+    async with db.get_session() as session:
+        await session.fetch_value("SELECT 1")
+
+
 async def in_parallel(db: DatabaseInterface) -> None:
     async with db.get_session() as session:
         await session.gather(session.select(User), session.select(User), limit=2)
@@ -160,6 +173,7 @@ OPERATIONS = (
     reset_afterwards,
     schema,
     about_the_server,
+    connecting,
     in_parallel,
 )
 
@@ -219,3 +233,44 @@ async def test_a_connection_that_was_closed_between_two_calls_raises_an_error_of
             if left > 0:
                 return
     pytest.fail(f"{operation.__name__} has more than {STEPS} messages")
+
+
+@pytest.mark.parametrize("alias", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("done", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.__name__)
+async def test_a_call_of_sqlites_driver_that_fails_raises_an_error_of_djangos(
+    real_database: DatabaseInterface,
+    operation: Operation,
+    done: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each of its calls in turn, those that connect and those that end included: it has done
+    nothing, or all of it."""
+    call = DriverThread.call
+    left = 0
+
+    def failing(self: DriverThread, fn: Callable[[], Any], *args: Any) -> Any:
+        nonlocal left
+        left -= 1
+
+        def fails() -> None:
+            if done:
+                fn()
+            raise sqlite3.OperationalError("disk I/O error")
+
+        return call(self, fails if left == 0 else fn, *args)
+
+    monkeypatch.setattr(DriverThread, "call", failing)
+    told = 0
+    for step in range(1, STEPS):
+        await real_database.close()
+        left = step
+        with pool(real_database, max_size=2):
+            outcome = await outcome_of(operation(real_database))
+        errors = (Error, ObjectDoesNotExist)
+        assert outcome is None or isinstance(outcome, errors), (step, repr(outcome))
+        told += outcome is not None
+        if left > 0:
+            assert told and outcome is None
+            return
+    pytest.fail(f"{operation.__name__} has more than {STEPS} calls")

@@ -149,7 +149,8 @@ class BridgedMixin(_Wrapper):
         finally:
             self._opening = False
         self.set_up_touches, self.touched = self.touched, False
-        self.connected()
+        with self.wrap_database_errors:
+            self.connected()
         self.queries_log.clear()
         self.last_statement = None
         self._fill_caches()
