@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from benchmarks.scanner import BOUND, MIXES, TEXTS, VENDORS, milliseconds, text_of
 from django_asyncsession.scanner import (
     LONGEST_NORMALISED,
     MySQLScanner,
@@ -174,3 +175,12 @@ def test_time_is_linear_whatever_the_text_holds(scanner_: Scanner, head: str) ->
         scanner_.first_word(text)
         # It takes milliseconds; twice as long for each character more, it would never end.
         assert time.process_time() - begun < 5, part
+
+
+@pytest.mark.parametrize("vendor", VENDORS)
+@pytest.mark.parametrize("name", [*TEXTS, *MIXES])
+def test_no_question_about_a_megabyte_takes_longer_than_the_bound(name: str, vendor: str) -> None:
+    """Whatever is asked of a text, with searches that are fast but begin again and again too: they
+    would hardly show in a shorter one."""
+    took = milliseconds(text_of(name, 1_000_000), vendor, times=1)
+    assert not {question: ms for question, ms in took.items() if ms > BOUND}
