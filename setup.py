@@ -24,6 +24,8 @@ TEST = [
     "httpx>=0.28",
     "hypothesis>=6.130",
     "model-bakery>=1.20",
+    # For a test of a project that has no psycopg 3.
+    "psycopg2-binary>=2.9.10",
     "pytest>=8.4",
     "pytest-asyncio>=1.1",
     "pytest-cov>=6.2",

@@ -212,6 +212,27 @@ def test_a_setting_that_cannot_be_is_what_the_first_session_says(name: str) -> N
     assert words in said
 
 
+# What a check finds that needs no connection, the id of the check, and the commands that say it.
+FOUND: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "E001": ({**SQLITE, "ATOMIC_REQUESTS": True}, ("check", "check --deploy", "migrate")),
+    "W102": ({**SQLITE, "CONN_MAX_AGE": 60}, ("check", "check --deploy")),
+    "W104": ({**POSTGRESQL, "PORT": 6432, "OPTIONS": {"prepare_threshold": 5}}, ("check",)),
+    "W105": (POSTGRESQL, ("check --deploy",)),
+    "W109": (
+        {**MYSQL, "OPTIONS": {"init_command": "SET default_storage_engine=MyISAM"}},
+        ("check", "check --deploy"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_what_needs_no_connection_is_found_without_one(name: str) -> None:
+    """No database is named: before, only `check --database` would have told."""
+    database, lines = FOUND[name]
+    for said in commands(*lines, database=database, MIDDLEWARE=[MIDDLEWARE]):
+        assert f"django_asyncsession.{name}" in said
+
+
 WITHOUT_APP = ["django.contrib.contenttypes", "django.contrib.auth"]
 
 
