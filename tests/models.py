@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Iterator
 
 from django.contrib.contenttypes.fields import GenericForeignKey, GenericRelation
 from django.contrib.postgres.fields import ArrayField, DateRangeField, IntegerRangeField
 from django.core.files.storage import InMemoryStorage
 from django.db import models
+from django.db.models.query import ModelIterable
 
 
 class User(models.Model):
@@ -218,6 +220,45 @@ class Node(models.Model):
     path = models.CharField(max_length=20)
 
     objects = Tree.as_manager()
+
+
+class Shape(models.Model):
+    """Whose rows come back as the class that they were made as."""
+
+    class Kinds(models.QuerySet["Shape"]):
+        def __init__(self, *args: object, **kwargs: object) -> None:
+            super().__init__(*args, **kwargs)  # type: ignore[arg-type]
+            self._iterable_class = OfTheirKind
+
+        def bulk_create(self, rows: object, *args: object, **options: object) -> list[Shape]:  # type: ignore[override]
+            for row in rows:  # type: ignore[attr-defined]
+                row.kind = type(row).__name__
+            return super().bulk_create(rows, *args, **options)  # type: ignore[arg-type]
+
+    kind = models.CharField(max_length=20, default="")
+    side = models.IntegerField(unique=True)
+
+    objects = Kinds.as_manager()
+
+    def save(self, *args: object, **kwargs: object) -> None:
+        self.kind = type(self).__name__
+        super().save(*args, **kwargs)  # type: ignore[arg-type]
+
+
+class Square(Shape):
+    """One of them, in the same table."""
+
+    class Meta:
+        proxy = True
+
+
+class OfTheirKind(ModelIterable):  # type: ignore[type-arg]
+    """The rows of a query, each of its own class."""
+
+    def __iter__(self) -> Iterator[Shape]:
+        for row in super().__iter__():
+            row.__class__ = {"Square": Square}.get(row.kind, Shape)
+            yield row
 
 
 class Careless(models.Model):

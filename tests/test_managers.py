@@ -8,12 +8,26 @@ from typing import Any
 
 import pytest
 from django.db import NotSupportedError
+from django.db.models import F
 from django.db.models.signals import pre_save
 from django.utils.functional import lazystr
 
 from django_asyncsession import Session, UnboundedQueryError, table
 from django_asyncsession.testing import async_assert_num_queries
-from tests.models import Careless, Dish, Node, Opaque, Patched, Slug, Soft, Tag, User, Wrapped
+from tests.models import (
+    Careless,
+    Dish,
+    Node,
+    Opaque,
+    Patched,
+    Shape,
+    Slug,
+    Soft,
+    Square,
+    Tag,
+    User,
+    Wrapped,
+)
 
 softs = table(Soft)
 COLUMNS = "SELECT name, stamp, gone FROM tests_soft ORDER BY name"
@@ -150,6 +164,21 @@ async def test_with_a_row_of_a_tree_go_those_below_it(session: Session) -> None:
     # Its delete() does not tell how many.
     assert await session.delete(Node).where(path="a") == -1
     assert await session.select(Node).columns("path").scalars() == ["b"]
+
+
+async def test_rows_come_back_as_the_class_that_they_were_made_as(session: Session) -> None:
+    await session.insert.rows(Shape(side=1), Square(side=2))
+    added = await session.add(Square(side=3))
+    await session.insert.rows(Square(side=4), Square(side=2)).on_conflict("side").nothing()
+    query = session.select(Shape).order_by("side")
+    classes = [Shape, Square, Square, Square]
+    assert [type(row) for row in await query] == classes
+    assert [type(row) async for row in query.stream(chunk_size=1)] == classes
+    assert type(await session.get_one(Shape, added.pk)) is Square
+    assert await session.update(Shape).where(kind="Square", side__gt=2).set(side=F("side") + 5) == 2
+    gone = await session.delete(Shape).where(side__gt=5).returning("kind", "side")
+    assert sorted(map(tuple, gone)) == [("Square", 8), ("Square", 9)]
+    assert [type(row) for row in await query] == [Shape, Square]
 
 
 # save() that does more
