@@ -54,6 +54,16 @@ from django_asyncsession import Session
 class Thing(models.Model):
     pass
 """
+# Of a package that is no app.
+STAMPS = """
+import threading
+current = threading.local()
+def stamp(get_response):
+    def middleware(request):
+        current.user = request
+        return get_response(request)
+    return middleware
+"""
 INJECTED = """
 from django.urls import path
 def view(request):
@@ -113,6 +123,7 @@ def project(
     block = f"sys.modules.update(dict.fromkeys({blocked!r}))"
     with TemporaryDirectory() as folder:
         Path(folder, "urls.py").write_text(views)
+        Path(folder, "stamps.py").write_text(STAMPS)
         Path(folder, "things").mkdir()
         Path(folder, "things", "models.py").write_text(MODELS)
         head = PROJECT.format(
@@ -231,6 +242,15 @@ def test_what_needs_no_connection_is_found_without_one(name: str) -> None:
     database, lines = FOUND[name]
     for said in commands(*lines, database=database, MIDDLEWARE=[MIDDLEWARE]):
         assert f"django_asyncsession.{name}" in said
+
+
+@pytest.mark.parametrize("middleware", [[MIDDLEWARE, "stamps.stamp"], ["stamps.stamp"]])
+def test_a_thread_local_of_a_middleware_is_found(middleware: list[str]) -> None:
+    """Which nothing but the list of middleware names; listed, it is well."""
+    (said,) = commands("check", MIDDLEWARE=middleware)
+    assert "django_asyncsession.W120" in said and "'stamps.current' is a threading.local" in said
+    listed = {"THREAD_LOCALS": ["stamps.current"]}
+    assert "W120" not in commands("check", MIDDLEWARE=middleware, ASYNC_SESSION=listed)[0]
 
 
 WITHOUT_APP = ["django.contrib.contenttypes", "django.contrib.auth"]
