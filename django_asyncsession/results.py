@@ -17,6 +17,7 @@ from itertools import islice
 from typing import Any, Protocol, TypeVar
 
 from .exceptions import SessionClosedError, SessionStateError
+from .scanner import may_be_cached
 
 T = TypeVar("T")
 
@@ -108,13 +109,22 @@ def _restore_row(index: dict[str, int], values: tuple[Any, ...]) -> Row:
     return row
 
 
-@lru_cache(maxsize=1024)
 def _positions(keys: tuple[str, ...]) -> dict[str, int]:
-    """Position of the first column of each name; the same columns share one dict."""
+    """Position of the first column of each name; the same columns share one dict.
+
+    What SQLite calls a column is its whole expression, of any length: long names are not kept.
+    """
+    return (_kept_positions if may_be_cached("".join(keys)) else _positions_of)(keys)
+
+
+def _positions_of(keys: tuple[str, ...]) -> dict[str, int]:
     positions: dict[str, int] = {}
     for at, name in enumerate(keys):
         positions.setdefault(name, at)
     return positions
+
+
+_kept_positions = lru_cache(maxsize=1024)(_positions_of)
 
 
 class Runner(Protocol):

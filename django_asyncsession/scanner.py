@@ -16,7 +16,8 @@ from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 T = TypeVar("T")
 P = ParamSpec("P")
 
-# Caches keep no texts that are longer, and not more of them: 8 MB each at the most.
+# Caches keep no texts of more bytes, and not more of them: 8 MB each at the most, and about as much
+# of what was made of them.
 LONGEST_CACHED, MOST_CACHED = 4096, 2048
 # Characters of a normalised statement.
 LONGEST_NORMALISED = 2048
@@ -495,10 +496,14 @@ def cached_by_text(function: Callable[Concatenate[str, P], T]) -> Callable[Conca
 
     @wraps(function)
     def call(text: str, *args: P.args, **kwargs: P.kwargs) -> T:
-        keep = len(text) <= LONGEST_CACHED
-        return (cached if keep else function)(text, *args, **kwargs)
+        return (cached if may_be_cached(text) else function)(text, *args, **kwargs)
 
     return cast("Callable[Concatenate[str, P], T]", call)
+
+
+def may_be_cached(text: str) -> bool:
+    """Whether a text is so short that caches may keep it; a character may take four bytes."""
+    return len(text) * (1 if text.isascii() else 4) <= LONGEST_CACHED
 
 
 @cache

@@ -6,6 +6,9 @@ On real pools: what a text deletes for good shows in another session only.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
+import tracemalloc
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -152,6 +155,35 @@ async def test_bad_texts_take_no_time(db: DatabaseInterface) -> None:
                         await way(session, text)
                 except Error:
                     pass
+
+
+LONG_TEXTS = {
+    "a value": "SELECT length('{}')",
+    "a name": 'SELECT 1 AS "{}"',
+    "a comment": "SELECT 1 /* {} */",
+    "no statement": "SELEC '{}'",
+}
+
+
+@pytest.mark.parametrize("text", LONG_TEXTS)
+async def test_long_texts_are_kept_by_no_cache(db: DatabaseInterface, text: str) -> None:
+    """Neither here nor in the driver, though each text comes once only."""
+
+    async def run(count: int) -> None:
+        for number in range(count):
+            with contextlib.suppress(Error):
+                async with db.get_session() as session:
+                    await session.fetch_all(LONG_TEXTS[text].format("x" * 500_000 + str(number)))
+
+    await run(1)
+    gc.collect()
+    tracemalloc.start()
+    try:
+        await run(20)
+        gc.collect()
+        assert tracemalloc.get_traced_memory()[0] < 5_000_000
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("sql", SMUGGLED)

@@ -45,6 +45,10 @@ DOORS = {
         "ALTER SYSTEM SET work_mem = '5MB'",
         "COPY guarded TO PROGRAM 'cat'",
         "COPY (SELECT 1) TO '/tmp/made'",
+        "COPY (SELECT 1) TO U&'/tmp/m\\0061de'",
+        "EXPLAIN ANALYZE CREATE TABLE made AS SELECT 1",
+        'EXPLAIN (COSTS off, "analyze") CREATE MATERIALIZED VIEW made AS SELECT 1',
+        "EXPLAIN (ANALYZE) SELECT 1 INTO made",
     ],
     "mysql": [
         "SET SESSION TRANSACTION READ WRITE",
@@ -78,6 +82,8 @@ HARMLESS = {
         'SET search_path = "$user", public',
         "SELECT ';'",
         "EXPLAIN SELECT 1",
+        "EXPLAIN ANALYZE SELECT 1",
+        "EXPLAIN SELECT 1 INTO made",
     ],
     "mysql": ["SET @x = 1", "SET NAMES utf8mb4", "ANALYZE SELECT 1", "SELECT 'INTO OUTFILE'"],
     "sqlite": ["PRAGMA table_info(guarded)", "EXPLAIN DELETE FROM guarded"],
@@ -180,6 +186,18 @@ async def test_a_read_only_session_changes_nothing(
             async with guarded.get_session(read_only=True, autocommit=autocommit) as session:
                 await session.execute(sql)
                 await session.execute("DELETE FROM guarded")
+        await untouched(guarded)
+
+
+@pytest.mark.parametrize("autocommit", [False, True], ids=["transaction", "autocommit"])
+async def test_each_statement_is_refused_though_nothing_follows_it(
+    guarded: DatabaseInterface, autocommit: bool
+) -> None:
+    """If it were not, it would be committed."""
+    for sql in REFUSED + TRUNCATES[guarded.vendor] + DOORS[guarded.vendor]:
+        with pytest.raises(DatabaseError):
+            async with guarded.get_session(read_only=True, autocommit=autocommit) as session:
+                await session.execute(sql)
         await untouched(guarded)
 
 

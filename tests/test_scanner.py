@@ -118,12 +118,12 @@ def test_a_log_shows_no_more_than_two_kilobytes() -> None:
         assert len(normalise(sql)) <= LONGEST_NORMALISED
 
 
-def test_long_texts_are_not_cached() -> None:
+def test_texts_of_many_bytes_are_not_cached() -> None:
     asked: list[str] = []
     function = cached_by_text(asked.append)
-    for text in ("a" * 4096, "b" * 4097) * 2:
+    for text in ("a" * 4096, "b" * 4097, "\U0001f600" * 1024, "é" * 1025) * 2:
         function(text)
-    assert [text[0] for text in asked] == ["a", "b", "b"]
+    assert [text[0] for text in asked] == ["a", "b", "\U0001f600", "é", "b", "é"]
 
 
 # Texts of one pattern again and again, in which reading one could mean reading all that follow.

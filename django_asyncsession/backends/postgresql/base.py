@@ -54,7 +54,12 @@ OPENS = frozenset({"WRITE", "&"})
 COMPOUND = frozenset({"CALL", "DO"})
 # Statements that a read-only transaction allows although they change files or the server.
 CHANGES_MORE = frozenset({"ANALYZE", "CHECKPOINT", "CLUSTER", "LOAD", "REINDEX", "VACUUM"})
-LOOKED_AT = SETTING | COMPOUND | CHANGES_MORE | {"ALTER", "COPY"}
+LOOKED_AT = SETTING | COMPOUND | CHANGES_MORE | {"ALTER", "COPY", "EXPLAIN"}
+# What follows TO in a COPY that changes no file: the client, and fields of an interval.
+COPIED_TO = frozenset({"STDOUT", "STDIN", "MONTH", "HOUR", "MINUTE", "SECOND"})
+# Words of an EXPLAIN that executes what it explains, which may be in quotes, and of one that would
+# create a table.
+EXECUTES, CREATES = frozenset({"ANALYZE", "ANALYSE", '""'}), frozenset({"CREATE", "INTO"})
 
 
 class Mixin(BridgedMixin, _Base):
@@ -138,7 +143,12 @@ class Mixin(BridgedMixin, _Base):
             # A name in quotes may be that of any setting.
             opens = "READ_ONLY" in name or name in ("ALL", '""') or not OPENS.isdisjoint(words)
         elif first == "COPY":
-            opens = "PROGRAM" in words or ("TO", "''") in pairwise(words)
+            # To a file is to a string, of whichever kind.
+            to = {after for before, after in pairwise(words) if before == "TO"}
+            opens = "PROGRAM" in words or not to <= COPIED_TO
+        elif first == "EXPLAIN":
+            # Executed there, the server lets it create a table from a query.
+            opens = not CREATES.isdisjoint(words) and not EXECUTES.isdisjoint(words)
         elif first in COMPOUND:
             opens = not self.in_atomic_block
         else:

@@ -27,6 +27,7 @@ from .connection import (
     BEGIN,
     CHANGES_MORE,
     KEEPS_READS,
+    KEPT_STATEMENTS,
     Connection,
     _code,
     _first_word,
@@ -113,6 +114,7 @@ class Mixin(threaded.Mixin, _Base):
     def get_new_connection(self, conn_params: dict[str, Any]) -> Any:
         connection = super().get_new_connection(conn_params)
         connection._line = _lines[str(conn_params["database"])]
+        connection._kept_statements = conn_params.get("cached_statements", KEPT_STATEMENTS)
         return connection
 
     def connected(self) -> None:

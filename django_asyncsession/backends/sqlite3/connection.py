@@ -16,6 +16,7 @@ from typing import Any
 
 from django_asyncsession.backends import threaded
 from django_asyncsession.backends.thread import DriverThread
+from django_asyncsession.scanner import may_be_cached
 
 # Seconds between two tries for a lock, at first and at the most; of the first in line more often,
 # since it tries for all.
@@ -55,6 +56,9 @@ ASKING = frozenset(
 TELLS = frozenset({"getconfig", "getlimit"})
 # A statement of ours; with the same text as a project's it would not be compiled a second time.
 OWN = "/* session */ "
+# The driver keeps so many statements that it has compiled, of any length; characters of long ones
+# after which they are let go.
+KEPT_STATEMENTS, MOST_KEPT = 128, 1_000_000
 
 
 class Authorizer:
@@ -107,6 +111,8 @@ class Connection(threaded.Connection):
         # Seconds to wait for a lock, of the connection and of its present user.
         self._default_lock_timeout = self._lock_timeout = 0.0
         self._authorizer = Authorizer()
+        # How many statements the driver keeps, and how long those are together that are long.
+        self._kept_statements, self._kept = KEPT_STATEMENTS, 0
 
     def _watch(self) -> None:
         """Let SQLite tell from now on; statements that it has compiled are compiled again. Called
@@ -167,6 +173,26 @@ class Connection(threaded.Connection):
         self._prelude += statements
 
     def _statement(self, execute: Callable[..., Any], *args: Any) -> Any:
+        try:
+            return self._begun_statement(execute, *args)
+        finally:
+            self._bound_kept(*args[:1])
+
+    def _bound_kept(self, sql: Any = None) -> None:
+        """Let the driver forget the statements it has compiled, before they take too much memory.
+
+        It does so only for others, of which those that are empty cost least.
+        """
+        if not isinstance(sql, str) or may_be_cached(sql):
+            return
+        self._kept += len(sql)
+        if self._kept > MOST_KEPT:
+            self._kept = 0
+            with contextlib.suppress(sqlite3.Error):
+                for number in range(self._kept_statements):
+                    self._raw.execute(f"-- {number}")
+
+    def _begun_statement(self, execute: Callable[..., Any], *args: Any) -> Any:
         writes = self._must_lock or execute.__name__ != "execute"
         self._must_lock = False
         if self._prelude:
