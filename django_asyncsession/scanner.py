@@ -515,13 +515,6 @@ def scanner(vendor: str) -> Scanner:
 
 
 @cached_by_text
-def stripped(sql: str, reader: Scanner) -> str:
-    """The bare text from its first word on: what stands in comments, strings and quotes is not
-    there."""
-    return reader.bare(sql).lstrip(" \t\n\r\f\v(")
-
-
-@cached_by_text
 def normalise(sql: str, vendor: str = "postgresql") -> str:
     """The statement as a log may show it: `?` for literals, no comments, one space for any, and
     no more than 2,048 characters."""

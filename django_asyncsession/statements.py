@@ -33,6 +33,8 @@ CHANGES = re.compile(
 )
 WRITES = re.compile(r"\b(?:insert\s++into|update|delete\s++from|merge\s++into)\b", re.IGNORECASE)
 ANALYZE = re.compile(r"\banalyze\b", re.IGNORECASE)
+# Without any of these words in it, wherever, a text has nothing of the above.
+CHANGE_WORDS = "update", "share", "set_config", "insert", "delete", "merge", "analyze"
 # Words that begin or end a transaction.
 TRANSACTION_CONTROL = frozenset(
     {"ABORT", "BEGIN", "COMMIT", "END", "RELEASE", "ROLLBACK", "SAVEPOINT", "START"}
@@ -40,6 +42,7 @@ TRANSACTION_CONTROL = frozenset(
 # A cursor on the server takes these, unless one of the words below makes them write.
 QUERIES = frozenset({"SELECT", "TABLE", "VALUES", "WITH"})
 QUERY_WRITES = re.compile(r"(?<![\w$])(?:delete|insert|into|merge|update)(?![\w$])", re.IGNORECASE)
+WRITE_WORDS = "delete", "insert", "into", "merge", "update"
 
 
 @cached_by_text
@@ -51,6 +54,8 @@ def change_in(sql: str, reader: Scanner) -> str:
         return "SQL" if next(reader.statements(sql), None) else ""
     if first not in READS:
         return first
+    if first != "PRAGMA" and not has_any(sql, CHANGE_WORDS):
+        return ""
     text = reader.bare(sql)
     changes = CHANGES.search(text) is not None
     if first in ("WITH", "EXPLAIN"):
@@ -62,15 +67,23 @@ def change_in(sql: str, reader: Scanner) -> str:
     return first if changes else ""
 
 
+def has_any(sql: str, words: tuple[str, ...]) -> bool:
+    """Whether one of the words may be in the text: much sooner told than where it stands."""
+    text = sql.lower()
+    return any(word in text for word in words)
+
+
 LOCKS = re.compile(
-    r"\bfor\s+(?:(?:no\s+key\s+)?update|(?:key\s+)?share)\b|\block\s+in\s+share\b|\A\s*lock\b",
+    r"\bfor\s++(?:(?:no\s++key\s++)?+update|(?:key\s++)?+share)\b|\block\s++in\s++share\b"
+    r"|\A\s*+lock\b",
     re.IGNORECASE,
 )
+LOCK_WORDS = "update", "share", "lock"
 
 
 def locks(sql: str, vendor: str) -> bool:
     """Whether a statement locks rows or tables, as far as its text tells."""
-    return LOCKS.search(scanner(vendor).bare(sql)) is not None
+    return has_any(sql, LOCK_WORDS) and LOCKS.search(scanner(vendor).bare(sql)) is not None
 
 
 class Reads(Protocol):
@@ -130,8 +143,7 @@ def is_query(sql: str, reader: Scanner) -> bool:
     """Whether the statement only reads, so that a cursor on the server can run it."""
     if reader.first_word(sql) not in QUERIES:
         return False
-    # Most have no such word, wherever.
-    return QUERY_WRITES.search(sql) is None or QUERY_WRITES.search(reader.bare(sql)) is None
+    return not has_any(sql, WRITE_WORDS) or QUERY_WRITES.search(reader.bare(sql)) is None
 
 
 def check_savepoint_name(name: str) -> None:

@@ -18,6 +18,7 @@ from django.core.management.base import CommandError
 from django.db import Error
 
 from django_asyncsession import DatabaseInterface, Session, statements
+from django_asyncsession.scanner import Scanner
 from django_asyncsession.transactions import raw
 
 # Each is several statements for one of the databases; what it deletes must be there afterwards.
@@ -155,6 +156,27 @@ async def test_bad_texts_take_no_time(db: DatabaseInterface) -> None:
                         await way(session, text)
                 except Error:
                     pass
+
+
+@pytest.mark.parametrize("read_only", [None, True])
+async def test_a_long_text_is_read_through_once_before_it_is_sent(
+    db: DatabaseInterface, read_only: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each time holds the event loop up."""
+    readings: list[str] = []
+    for name in ("statements", "bare"):
+        original = getattr(Scanner, name)
+
+        def count(self: Any, text: str, original: Any = original, name: str = name) -> Any:
+            readings.append(name)
+            return original(self, text)
+
+        monkeypatch.setattr(Scanner, name, count)
+    async with db.get_session(read_only=read_only) as session:
+        await session.fetch_value("SELECT 1")
+        readings.clear()
+        await session.execute("SELECT 1" + ", 'a;b'" * 1500)
+    assert readings == ["statements"]
 
 
 LONG_TEXTS = {

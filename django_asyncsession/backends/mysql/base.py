@@ -16,7 +16,8 @@ from django_asyncsession.backends.options import TransactionOptions, Transaction
 from django_asyncsession.backends.sockets import has_hung_up, is_quiet
 from django_asyncsession.bridge import await_, in_bridge
 from django_asyncsession.exceptions import ConfigurationError
-from django_asyncsession.scanner import MySQLScanner, Scanner, stripped
+from django_asyncsession.scanner import MySQLScanner, Scanner, cached_by_text
+from django_asyncsession.statements import has_any
 
 from . import install_driver
 
@@ -121,7 +122,7 @@ CHANGES_MORE = frozenset(
 )
 
 LOOKED_AT = COMPOUND | SETTING | CHANGES_MORE | {"ANALYZE"}
-INTO_FILE = re.compile(r"outfile|dumpfile", re.IGNORECASE)
+INTO_FILE = "outfile", "dumpfile"
 
 
 class Mixin(BridgedMixin, _Base):
@@ -226,7 +227,7 @@ class Mixin(BridgedMixin, _Base):
 
     def way_to_write(self, sql: str) -> str:
         first = self.scanner.first_word(sql)
-        if first not in LOOKED_AT and INTO_FILE.search(sql) is None:
+        if first not in LOOKED_AT and not has_any(sql, INTO_FILE):
             return ""
         words = self.scanner.words(sql)
         opens = first in SETTING and any(word in OPENS or "READ_ONLY" in word for word in words)
@@ -319,10 +320,9 @@ class Mixin(BridgedMixin, _Base):
         super().before_statement(sql)
         if not isinstance(self.connection, driver.Connection):
             return
-        text = stripped(sql, self.scanner) if isinstance(sql, str) else ""
         self.connection.commits_implicitly = False
-        if self.in_atomic_block:
-            self._note_end_of_transaction(text)
+        if self.in_atomic_block and isinstance(sql, str):
+            self._note_end_of_transaction(" ".join(_opening(sql, self.scanner)))
 
     def _note_end_of_transaction(self, text: str) -> None:
         if IMPLICIT_COMMIT.match(text):
@@ -330,7 +330,7 @@ class Mixin(BridgedMixin, _Base):
             logger.warning(
                 "%s commits the transaction on %r, because %s cannot roll it back; use it "
                 "outside transactions",
-                " ".join(text.split()[:2]).upper(),
+                " ".join(text.split()[:2]),
                 self.alias,
                 self.display_name,
             )
@@ -410,6 +410,12 @@ class Mixin(BridgedMixin, _Base):
         if self.connection is None or not self.cut:
             return None
         return self.connection.farewell()  # type: ignore[no-any-return]
+
+
+@cached_by_text
+def _opening(sql: str, reader: Scanner) -> list[str]:
+    """As many words as tell what a statement does to the transaction."""
+    return reader.opening(sql, 4)
 
 
 @cache

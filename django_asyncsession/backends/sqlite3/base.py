@@ -19,7 +19,7 @@ from django_asyncsession.backends import threaded
 from django_asyncsession.backends.options import TransactionOptions, TransactionState
 from django_asyncsession.backends.thread import DriverThread
 from django_asyncsession.conf import settings
-from django_asyncsession.scanner import stripped
+from django_asyncsession.scanner import Scanner, cached_by_text
 from django_asyncsession.statements import change_in, reading
 
 from .connection import (
@@ -30,7 +30,6 @@ from .connection import (
     KEPT_STATEMENTS,
     Connection,
     _code,
-    _first_word,
     _forget_locks,
     _keep,
     _last,
@@ -204,18 +203,16 @@ class Mixin(threaded.Mixin, _Base):
 
     def before_statement(self, sql: Any) -> None:
         super().before_statement(sql)
-        text = stripped(sql, self.scanner) if isinstance(sql, str) else ""
-        word = _first_word(text)
+        word = _first_word(sql, self.scanner) if isinstance(sql, str) else ""
         raw_savepoint = word in ("savepoint", "release") and not self._own_savepoint
         if raw_savepoint or change_in(str(sql), self.scanner):
             self.connection._must_lock = True
 
     def way_to_write(self, sql: str) -> str:
         # SQLite lets nothing be written; these change settings, or other files.
-        text = stripped(sql, self.scanner)
-        word = _first_word(text)
+        word = _first_word(sql, self.scanner)
         if word == "pragma":
-            return "" if ASKING_PRAGMA.match(text) else "PRAGMA"
+            return "" if ASKING_PRAGMA.match(self.scanner.bare(sql)) else "PRAGMA"
         return word.upper() if word in CHANGES_MORE else "" if word else "unknown SQL"
 
     def _set_autocommit(self, autocommit: bool) -> None:
@@ -298,6 +295,11 @@ def _locking(cls: Any) -> type:
 
     names = {"execute_sql": execute_sql, "__module__": cls.__module__}
     return type(cls.__name__, (cls,), names)
+
+
+@cached_by_text
+def _first_word(sql: str, reader: Scanner) -> str:
+    return reader.first_word(sql).lower()
 
 
 if hasattr(os, "register_at_fork"):

@@ -365,11 +365,6 @@ def _last(names: list[str], name: str) -> int:
     return max((at for at, known in enumerate(names) if known == name), default=len(names))
 
 
-def _first_word(text: str) -> str:
-    first = re.match(r"\w+", text)
-    return first[0].lower() if first else ""
-
-
 def _forget_locks() -> None:
     """In a forked child the threads that held them do not exist, and would never let go."""
     global _keeping
