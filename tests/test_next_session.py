@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from django.db import IntegrityError, connections
+from django.db import Error, IntegrityError, connections
 from django.db.backends.postgresql.base import DatabaseWrapper as PostgreSQL
 from django.db.backends.signals import connection_created
 from django.db.transaction import TransactionManagementError
@@ -614,7 +614,7 @@ ROWS = {
 async def cancelled(session: Session) -> None:
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.05):
-            await session.execute(SLOW[session.vendor])
+            await session.execute(SLOW[session.bind.vendor])
 
 
 async def failed(session: Session) -> None:
@@ -622,7 +622,7 @@ async def failed(session: Session) -> None:
 
 
 async def left_a_stream(session: Session) -> None:
-    async for _ in session.stream(ROWS[session.vendor]):
+    async for _ in session.stream(ROWS[session.bind.vendor]):
         break
 
 
@@ -638,10 +638,14 @@ async def ended(db: DatabaseInterface, statement: str, probe: str, how: str) -> 
 
     before = await look()
     for autocommit in (False, True):
-        with contextlib.suppress(Exception):
+        reached = False
+        # What was cut, or failed, is told at the end of the transaction too.
+        with contextlib.suppress(Error, TransactionManagementError):
             async with db.get_session(autocommit=autocommit) as session:
                 await session.execute(statement)
+                reached = True
                 await ENDS[how](session)
+        assert reached
         if (after := await look()) != before:
             break
     for turns in range(0, 40, 3):

@@ -6,13 +6,15 @@ production, which on MySQL the connection of a test does not have.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
-from django.db import DatabaseError
-from django.db.models import Value
+from django.core.exceptions import FieldDoesNotExist, FieldError
+from django.db import DatabaseError, NotSupportedError
+from django.db.models import Count, Value
 from django.db.models.functions import Concat
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 from django_asyncsession import Session, excluded, table
@@ -157,15 +159,66 @@ async def test_keys_and_values_in_json(world: Session, key: str, text: str) -> N
     await assert_untouched(world)
 
 
-@pytest.mark.parametrize("name", ["a b", 'a"b', "a--b", "a;b", "x'"])
-async def test_names_of_columns_are_refused_when_they_are_none(world: Session, name: str) -> None:
-    bad: Any = ValueError, TypeError, AttributeError
-    with pytest.raises(bad):
-        await world.select(User).columns(**{name: users.id})
-    with pytest.raises(bad):
-        await world.select(User).annotate(**{name: users.id})
-    with pytest.raises(bad):
-        await world.insert.rows(users(name="x")).returning(name)
-    with pytest.raises(bad):
-        await world.update(User).all_rows().set(**{name: 1})
+# A name without these, odd as it may be, is quoted.
+ENDS_NAME = re.compile(r"[\s'\"`;]|--|/\*|\*/|#")
+# What is raised without a word to the database.
+REFUSALS = ValueError, TypeError, AttributeError, FieldError, FieldDoesNotExist, NotSupportedError
+
+
+def calls(world: Session, name: str) -> dict[str, Any]:
+    """Everything that takes the name of a field, a relation, a column or a format as text."""
+    select, row = world.select(User), User(id=1, name="one")
+    insert = world.insert.rows(members(email="e", club="c", name="n"))
+    return {
+        "order_by": lambda: select.order_by(name),
+        "descending": lambda: select.order_by("-" + name),
+        "columns": lambda: select.columns(name),
+        "alias": lambda: select.columns(**{name: users.id}),
+        "annotate": lambda: select.annotate(**{name: users.id}),
+        "values": lambda: select.values(name),
+        "values_list": lambda: select.values_list(name, flat=True),
+        "only": lambda: select.only(name),
+        "defer": lambda: select.defer(name),
+        "distinct": lambda: select.distinct(name),
+        "group_by": lambda: select.group_by(name),
+        "related": lambda: select.related(name),
+        "prefetch": lambda: select.prefetch(name),
+        "where": lambda: select.where(**{name: 1}),
+        "exclude": lambda: select.exclude(**{name + "__in": [1]}),
+        "for_update": lambda: select.for_update(of=(name,)),
+        "in_bulk": lambda: select.in_bulk([1], field_name=name),
+        "aggregate": lambda: select.aggregate(**{name: Count("id")}),
+        "explain": lambda: select.explain(format=name),
+        "explain option": lambda: select.explain(**{name: True}),
+        "set": lambda: world.update(User).all_rows().set(**{name: 1}),
+        "returning": lambda: world.insert.rows(users(name="x")).returning(name),
+        "on_conflict": lambda: insert.on_conflict(name).nothing(),
+        "upsert": lambda: insert.on_conflict("email", "club").update(name),
+        "upsert set": lambda: insert.on_conflict("email", "club").set(name, 1),
+        "merge": lambda: world.merge(row, fields=[name]),
+        "refresh": lambda: world.refresh(row, fields=[name]),
+        "load": lambda: world.load(row, name),
+    }
+
+
+@settings(many, max_examples=15)
+@given(name=nasty)
+@example(name="a b")
+@example(name="a--b")
+@example(name='"name"; DELETE FROM tests_user; --')
+@example(name="`name`; DELETE FROM tests_user; -- ")
+@example(name="json) DELETE FROM tests_user; --")
+@example(name="name) FROM tests_user; DELETE FROM tests_user; --")
+async def test_no_name_of_a_query_is_sql(world: Session, name: str) -> None:
+    """What could end its quotes, or begin something else, is refused before the database hears of
+    it."""
+    assume(ENDS_NAME.search(name))
+    for place in calls(world, name):
+        if place == "for_update" and world.bind.vendor == "sqlite":
+            # Django's SQLite has no such clause, and leaves it out.
+            continue
+        async with world.begin_nested() as savepoint:
+            with pytest.raises(REFUSALS):
+                await calls(world, name)[place]()
+            await savepoint.rollback()
     await assert_untouched(world)
