@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 
 import pytest
@@ -12,6 +13,7 @@ from django_asyncsession.scanner import (
     MySQLScanner,
     PostgreSQLScanner,
     Scanner,
+    SQLiteScanner,
     cached_by_text,
     normalise,
     scanner,
@@ -124,6 +126,21 @@ def test_texts_of_many_bytes_are_not_cached() -> None:
     for text in ("a" * 4096, "b" * 4097, "\U0001f600" * 1024, "é" * 1025) * 2:
         function(text)
     assert [text[0] for text in asked] == ["a", "b", "\U0001f600", "é", "b", "é"]
+
+
+@pytest.mark.parametrize("kind", [PostgreSQLScanner, MySQLScanner, SQLiteScanner])
+def test_the_patterns_are_made_in_no_time(kind: type[Scanner]) -> None:
+    """Some with the first statement that needs them, on the event loop."""
+
+    def seconds() -> float:
+        re.purge()
+        begun = time.thread_time()
+        reader = kind()
+        list(reader.statements("SELECT 1; SELECT 2"))
+        reader.bare("SELECT 1")
+        return time.thread_time() - begun
+
+    assert min(seconds() for _ in range(5)) < 0.03
 
 
 # Texts of one pattern again and again, in which reading one could mean reading all that follow.
