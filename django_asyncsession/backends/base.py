@@ -24,7 +24,7 @@ from django_asyncsession.scanner import Scanner, scanner
 from django_asyncsession.statements import change_in, reading
 
 from .attributes import Attributes
-from .cursors import Errors, _watched
+from .cursors import Errors, watched
 from .options import TransactionOptions, TransactionState
 from .secrets import _is_secret, _secret
 
@@ -405,7 +405,8 @@ class BridgedMixin(_Wrapper):
             reads.check(text, self.alias, self.vendor)
         if self.pooled:
             self.before_statement(sql)
-        self.note_change(sql)
+        if not self.changed and self.in_atomic_block:
+            self.note_change(sql)
 
     def note_unseen(self, what: str = "SQL with the driver") -> None:
         """Note that something is sent whose text nobody has seen: it may have changed anything.
@@ -470,9 +471,8 @@ class BridgedMixin(_Wrapper):
 
     def note_change(self, sql: Any) -> None:
         """Note that a statement does more than read, unless it commits by itself."""
-        if not self.changed and self.in_atomic_block:
-            text = sql if isinstance(sql, str) else sql.as_string(None)
-            self.changed = change_in(text, self.scanner)
+        text = sql if isinstance(sql, str) else sql.as_string(None)
+        self.changed = change_in(text, self.scanner)
 
     def snapshot_state(self) -> tuple[str, bool]:
         """The isolation level of the transaction, and whether it has written or locked anything;
@@ -497,7 +497,7 @@ class BridgedMixin(_Wrapper):
     def _watch(self, cursor: Any) -> Any:
         if self.pooled:
             plain: Any = type(cursor)
-            cursor.__class__ = _watched(plain)
+            cursor.__class__ = watched(plain)
             cursor.lease = self.lease
         return cursor
 

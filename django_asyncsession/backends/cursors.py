@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
@@ -133,9 +133,11 @@ class Errors(DatabaseErrorWrapper):
     passes through (and a request's session) until the garbage collector runs.
     """
 
-    def __exit__(self, *exc_info: Any) -> None:
+    def __exit__(self, exc_type: Any, exc_value: Any, traceback: Any) -> None:
+        if exc_type is None:
+            return
         try:
-            super().__exit__(*exc_info)
+            super().__exit__(exc_type, exc_value, traceback)
         except Error as error:
             assert error.__traceback__ is not None and error.__traceback__.tb_next is not None
             error.__traceback__.tb_next.tb_frame.clear()
@@ -146,6 +148,25 @@ def _nothing() -> None:
     pass
 
 
+def _fetch(name: str) -> Callable[..., Any]:
+    """A method that fetches, without the three functions that Django looks for it with."""
+
+    def fetch(self: Any, *args: Any) -> Any:
+        db = self.db
+        if self.__dict__.get("lease") is not db.lease or Watch.is_on:
+            return self.__getattr__(name)(*args)
+        with db.wrap_database_errors:
+            return getattr(self.cursor, name)(*args)
+
+    return fetch
+
+
 @cache
-def _watched(cursor_class: Any) -> type:
-    return type(f"Watched{cursor_class.__name__}", (WatchedCursorMixin, cursor_class), {})
+def watched(cursor_class: Any) -> type:
+    """The class of a cursor of Django's, or a tool's, that dies with the lease it is made under."""
+    # A tool's own methods are left to it.
+    missing = [
+        name for name in ("fetchone", "fetchmany", "fetchall") if not hasattr(cursor_class, name)
+    ]
+    methods = {name: _fetch(name) for name in missing}
+    return type(f"Watched{cursor_class.__name__}", (WatchedCursorMixin, cursor_class), methods)

@@ -179,22 +179,25 @@ class SessionSet:
             raise
         finally:
             _enclosing.set(outer)
+            call.end()
             try:
-                await call.end(error)
+                if call.attached:
+                    await call.give_back(error)
             finally:
                 # A traceback keeps this frame, which must not keep the greenlet.
                 del call, outer, error
 
-    async def attach(self, call: Call, alias: str) -> Attached:
-        """The connection of an alias, for a call that touches it.
+    async def attach(self, call: Call, session: Session) -> Attached:
+        """The connection of a session, for a call that touches its alias and has to wait.
 
         Raises:
             As `run`.
         """
+        alias = session.alias
         self._check_no_deadlock(call.task, alias)
         self._wanted[call.task] = alias
         try:
-            return await self.session(alias).attach(call.held.get(alias))
+            return await session.attach(call.held.get(alias))
         finally:
             self._wanted.pop(call.task, None)
 
@@ -357,7 +360,7 @@ class Call(bridge.Bridge):
         self.wrappers: dict[str, BridgedMixin] = {}
         self.failed: dict[str, BaseException] = {}
         # What is given back at the end, and who had it before.
-        self._attached: list[tuple[str, Attached, Task | None]] = []
+        self.attached: list[tuple[str, Attached, Task | None]] = []
         self._lent: list[tuple[BridgedMixin, weakref.ref[greenlet] | None]] = []
         self._contents: Contents | None = None
         outer = _enclosing.get()
@@ -414,11 +417,14 @@ class Call(bridge.Bridge):
 
     def _attach(self, alias: str) -> BridgedMixin:
         try:
-            attached = bridge.await_(self.sessions.attach(self, alias))
+            session = self.sessions.session(alias)
+            attached = session.attach_at_once(self.held.get(alias))
+            if attached is None:
+                attached = bridge.await_(self.sessions.attach(self, session))
             # Nobody waits for one that each call takes for itself.
             is_waited_for = not (attached.is_own or alias in self.held)
             before = self.sessions.note_holder(alias, self.task if is_waited_for else None)
-            self._attached.append((alias, attached, before))
+            self.attached.append((alias, attached, before))
             self._lend(attached.transaction.wrapper)
             return attached.transaction.prepare()
         except BaseException as error:
@@ -444,8 +450,17 @@ class Call(bridge.Bridge):
         wrapper.serving = weakref.ref(self)
         self.wrappers[wrapper.alias] = wrapper
 
-    async def end(self, error: BaseException | None) -> None:
-        """Give all connections back.
+    def end(self) -> None:
+        """Let the code use no connection any more."""
+        self.outer = None
+        for wrapper, serving in reversed(self._lent):
+            wrapper.serving = serving
+        self._lent.clear()
+        self.wrappers.clear()
+        self.failed.clear()
+
+    async def give_back(self, error: BaseException | None) -> None:
+        """Give all connections back, that which was taken last first.
 
         Args:
             error: what the code raised.
@@ -453,31 +468,26 @@ class Call(bridge.Bridge):
         Raises:
             What the error means, if it means another one.
         """
-        self.outer = None
-        for wrapper, serving in reversed(self._lent):
-            wrapper.serving = serving
-        self._lent.clear()
-        self.wrappers.clear()
-        self.failed.clear()
-        try:
-            await self._leave(error)
-        finally:
-            del self, error
-
-    async def _leave(self, error: BaseException | None) -> None:
-        """Give the connection that was taken last back, and then the others."""
-        if not self._attached:
-            return
-        alias, attached, before = self._attached.pop()
+        alias, attached, before = self.attached.pop()
         self.sessions.note_holder(alias, before)
         try:
-            await attached.leave(error)
+            try:
+                attached.leave(error)
+            except BaseException as exc:
+                error = exc
+                raise
+            finally:
+                if attached.is_own:
+                    await attached.end(error)
         except BaseException as exc:
             error = exc
             raise
         finally:
-            await self._leave(error)
-            del self, error
+            try:
+                if self.attached:
+                    await self.give_back(error)
+            finally:
+                del self, error
 
 
 def _described(fn: Any) -> str:

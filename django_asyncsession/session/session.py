@@ -88,8 +88,8 @@ class Attached(NamedTuple):
     # It ends with the use, as in autocommit mode.
     is_own: bool
 
-    async def leave(self, error: BaseException | None) -> None:
-        """Give it back.
+    def leave(self, error: BaseException | None) -> None:
+        """Let the next use it.
 
         Args:
             error: what the code raised.
@@ -97,15 +97,13 @@ class Attached(NamedTuple):
         Raises:
             What the error means, if it means another one.
         """
-        try:
-            self.transaction.end_use(self.use, error)
-        except BaseException as exc:
-            error = exc
-            raise
-        finally:
-            if self.is_own:
-                kind = None if error is None else type(error)
-                await self.transaction.__aexit__(kind, error, None)
+        self.transaction.end_use(self.use, error)
+
+    async def end(self, error: BaseException | None) -> None:
+        """End the transaction, if it is of this use only."""
+        if self.is_own:
+            kind = None if error is None else type(error)
+            await self.transaction.__aexit__(kind, error, None)
 
 
 class Session:
@@ -771,6 +769,13 @@ class Session:
             transaction = self._going_on or await self._current()
         assert transaction is not None
         return Attached(transaction, await transaction.begin_use(), is_own)
+
+    def attach_at_once(self, transaction: Transaction | None = None) -> Attached | None:
+        """As `attach`, if there is nothing to wait for; else None."""
+        if transaction is None and (transaction := self._going_on) is None:
+            return None
+        use = transaction.begin_use_at_once()
+        return None if use is None else Attached(transaction, use, is_own=False)
 
     async def render(
         self,

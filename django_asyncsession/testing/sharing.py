@@ -133,6 +133,10 @@ class SharedTransaction(Transaction):
                 raise
         return use
 
+    def begin_use_at_once(self) -> Use | None:
+        """As that of others, where no session can be nested in this one."""
+        return None if isinstance(self.lease, SharedLease) else super().begin_use_at_once()
+
     async def give_back(self) -> None:
         """End the session's savepoint and its turn."""
         lease = self.lease

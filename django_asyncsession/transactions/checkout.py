@@ -205,8 +205,11 @@ class Checkout:
             QueryTimeout: the server ended a statement by its timeout.
             As `take_turn`; whatever `fn` raises.
         """
-        turn = self.turn
-        if turn.take(self.check()):
+        turn, task = self.turn, asyncio.current_task()
+        # What `check` asks, without a call of its own.
+        may = self.state is State.OPEN and asyncio._get_running_loop() is self._loop
+        may = may and (self.owner is None or self.owner is task)
+        if may and turn.take(task):  # type: ignore[arg-type]
             mark = inside.set((*inside.get(), turn.mark))
         else:
             mark = await self.take_turn()
@@ -263,6 +266,17 @@ class Checkout:
         except BaseException as exc:
             self.end_use(use, exc)
             raise
+        return use
+
+    def begin_use_at_once(self) -> Use | None:
+        """As `begin_use`, if there is nothing to wait for; else None."""
+        if self.lease is None:
+            return None
+        task = self.check()
+        if not self.turn.take(task):
+            return None
+        use = Use(inside.set((*inside.get(), self.turn.mark)), self._running, task.cancelling())
+        self._running = task
         return use
 
     def prepare(self) -> BridgedMixin:
