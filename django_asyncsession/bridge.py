@@ -1,10 +1,8 @@
 """Runs sync code in a greenlet, and lets that code await the event loop it was called from.
 
 The idea is the one behind SQLAlchemy's asyncio extension: the sync code runs in a greenlet of the
-calling task;
-when it needs to wait, it switches to the task with an awaitable in hand, and is switched back with
-the outcome.
-No thread, no second loop, no queue.
+calling task; when it needs to wait, it switches to the task with an awaitable in hand, and is
+switched back with the outcome. No thread, no second loop, no queue.
 """
 
 from __future__ import annotations
@@ -51,11 +49,10 @@ def run(fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Coroutine[A
     """Call the sync `fn(*args, **kwargs)` and return its result; `await_` inside it awaits here.
 
     The code shares the caller's task and context variables. Cancelling the task raises
-    `CancelledError` in `fn`
-    at the `await_` it is suspended in. Closing or collecting the suspended coroutine unwinds `fn`
-    with
-    `GeneratorExit`, and whatever it would await while it unwinds raises `BridgeError`.
-    An exception that the caller handles is the one that is being handled in `fn` too.
+    `CancelledError` in `fn` at the `await_` it is suspended in. Closing or collecting the suspended
+    coroutine unwinds `fn` with `GeneratorExit`, and whatever it would await while it unwinds raises
+    `BridgeError`. An exception that the caller handles is the one that is being handled in `fn`
+    too.
 
     Raises:
         Whatever `fn` raises.

@@ -74,9 +74,8 @@ class DatabaseInterface:
 
         Args:
             dsn: such as `postgresql://user:password@host/name?pool_max_size=20`; the user name and
-                the password are
-                percent-decoded, parameters that begin with `pool_` are pool options, others go to
-                OPTIONS.
+                the password are percent-decoded, parameters that begin with `pool_` are pool
+                options, others go to OPTIONS.
             alias: what to call it; None makes a name of host and database.
 
         Raises:

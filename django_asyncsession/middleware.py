@@ -48,8 +48,7 @@ class AsyncSessionMiddleware:
     before.
 
     It commits before the response leaves, rolls back when the view raises, and stays open for a
-    streaming body. Put it
-    first in MIDDLEWARE, so that it sees the end of every other one.
+    streaming body. Put it first in MIDDLEWARE, so that it sees the end of every other one.
     """
 
     async_capable = True

@@ -136,8 +136,7 @@ class RequestScope:
         """Keep the session open for the body of a streaming response that is an async iterator.
 
         Its transaction is committed when the body is exhausted, and rolled back when the body
-        raises, or when the
-        client goes away before its end. Other responses are left as they are.
+        raises, or when the client goes away before its end. Other responses are left as they are.
 
         Returns:
             The same response.

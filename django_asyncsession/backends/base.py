@@ -69,8 +69,8 @@ class BridgedMixin(_Wrapper):
     blocks, as in Django.
 
     A wrapper that a pool made (`pooled`) never connects by itself and works only while it is
-    served, that is for
-    the session that leased it; used anywhere else it raises instead of blocking the event loop.
+    served, that is for the session that leased it; used anywhere else it raises instead of blocking
+    the event loop.
     """
 
     # The driver itself awaits. False: each call runs in the connection's own thread.

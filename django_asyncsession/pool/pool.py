@@ -219,8 +219,7 @@ class Pool(Generic[C]):
         seconds.
 
         It returns when the server has let go of every connection, or after two seconds more.
-        Cancelled half way,
-        it still closes every connection.
+        Cancelled half way, it still closes every connection.
 
         Raises:
             ConfigurationError: `grace` is no time.

@@ -110,8 +110,7 @@ class Session:
     """One unit of work on one database: a connection, taken when first needed, and its transaction.
 
     Used with `async with`, it commits at the end, and rolls back when anything is raised. After
-    `commit()` or
-    `rollback()` in the middle, the next statement begins a new transaction.
+    `commit()` or `rollback()` in the middle, the next statement begins a new transaction.
 
     Args:
         bind: the `DatabaseInterface` to work on.
@@ -470,8 +469,7 @@ class Session:
         rollback.
 
         Callbacks run in order; those registered in a nested block that is rolled back are dropped.
-        In autocommit
-        mode a plain function is called at once, as in Django.
+        In autocommit mode a plain function is called at once, as in Django.
 
         Args:
             robust: log an error of `func` instead of raising it and dropping the later callbacks.

@@ -57,8 +57,7 @@ class Transaction(RawSQL):
         options: those that follow, checked already.
         isolation, read_only, deferrable: what BEGIN says; None leaves the database's default.
         timeout, lock_timeout, idle_timeout: seconds that a statement, a wait for a lock, or the
-            pause between two
-            statements may take before the server ends it.
+            pause between two statements may take before the server ends it.
 
     Raises:
         ConfigurationError: an option that cannot be.
