@@ -12,16 +12,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
-import copy
 import logging
-import random
 import sys
 import time
 import weakref
-from collections import Counter, OrderedDict, deque
+from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 from django_asyncsession.bridge import discard
 from django_asyncsession.exceptions import (
@@ -39,6 +37,7 @@ from django_asyncsession.origins import (
 )
 
 from .lease import Lease, _Entry
+from .opening import Opening, again
 from .options import PoolOptions, check_seconds
 
 logger = logging.getLogger("django_asyncsession.pool")
@@ -54,20 +53,13 @@ CLOSE_BUDGET = 2.0
 UNTOLD_BUDGET = 60.0
 # Seconds between two tries to tell it.
 TELL_AGAIN = 0.1
-# Seconds between attempts to connect after a failure: doubled each time, between these bounds.
-BACKOFF_MIN, BACKOFF_MAX = 0.1, 2.0
-# Seconds that one attempt to connect may take before another one is made beside it.
-PATIENCE = 1.0
 # Waiting callers whose time is up and who are told so before the event loop goes on with others.
 TOLD_AT_ONCE = 100
-# A connection lives between 90 and 100 % of max_lifetime, so that those opened together do not
-# expire together.
-LIFETIME_SPREAD = 0.1
 # Said to a task that waits for itself.
 NESTED = " (nested acquire: this task holds one already)"
 
 
-class Pool(Generic[C]):
+class Pool(Opening[C]):
     """A pool of connections of one event loop.
 
     Args:
@@ -99,39 +91,25 @@ class Pool(Generic[C]):
         is_quiet: Callable[[C], bool] = lambda connection: True,
         settle: Callable[[C], Awaitable[bool] | None] = lambda connection: None,
     ) -> None:
-        self._connect, self._check, self._close = connect, check, close
-        self._is_permanent, self._is_quiet = is_permanent, is_quiet
-        self._settle_last_use = settle
-        self.name, self.options = name, options
+        super().__init__(connect, is_permanent, name=name, options=options)
+        self._check, self._close = check, close
+        self._is_quiet, self._settle_last_use = is_quiet, settle
         self._setting = setting
         # Leases know their task; for who asks where that waits.
         self.notes_holders = False
-        self.loop = asyncio.get_running_loop()
         self._idle: deque[_Entry[C]] = deque()
-        self._waiters: OrderedDict[asyncio.Future[_Entry[C]], None] = OrderedDict()
         # Those whose time is up, with how long they waited and the name of their task.
         self._overdue: deque[tuple[asyncio.Future[_Entry[C]], float, str]] = deque()
         self._leases: weakref.WeakSet[Lease[C]] = weakref.WeakSet()
         # Where the sessions were made whose connections were closed under them.
         self.cut_off: list[Site | str] = []
-        # Places taken: idle, leased, being opened, checked and closed.
-        self._size = self._opening = self._leased = 0
         # Callers that keep a connection while they wait for another one.
         self._keeping = 0
-        self._openers: set[asyncio.Task[None]] = set()
-        # Those that wait for the server, the oldest first, and since when.
-        self._connecting: dict[asyncio.Task[None], float] = {}
-        self._patience = PATIENCE
-        self._next_try: asyncio.TimerHandle | None = None
         self._checkers: set[asyncio.Task[None]] = set()
         self._finishers: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._sentinel: AsyncGenerator[None, None] | None = None
         self._drained = asyncio.Event()
-        self._failure: BaseException | None = None
-        self._failing_since = self._backoff = self._retry_at = 0.0
-        self._counts: Counter[str] = Counter()
-        self.closed = False
 
     def __repr__(self) -> str:
         state = " closed," if self.closed else ""
@@ -360,7 +338,7 @@ class Pool(Generic[C]):
             and self._is_permanent(self._failure)
         ):
             self._counts["requests_errors"] += 1
-            raise _again(self._failure)
+            raise again(self._failure)
         if self.options.max_waiting and len(self._waiters) >= self.options.max_waiting:
             self._counts["requests_errors"] += 1
             raise TooManyWaiting(
@@ -594,134 +572,6 @@ class Pool(Generic[C]):
         if not self.closed:
             self._maybe_open()
 
-    # Opening connections
-
-    def _maybe_open(self) -> None:
-        """Start as many attempts to connect as are wanted and allowed: only one while the server
-        fails."""
-        wanted = max(len(self._waiters), self.options.min_size - self._size + self._opening)
-        allowed = self.options.limit - self._size
-        if self._failure is not None:
-            allowed = min(allowed, 1 - self._opening)
-        for _ in range(min(wanted - self._opening, allowed)):
-            self._start_attempt()
-
-    def _start_attempt(self) -> None:
-        if self._can_spawn():
-            self._size += 1
-            self._opening += 1
-            self._spawn(self._open_one(), self._openers).add_done_callback(self._opener_ended)
-
-    async def _open_one(self) -> None:
-        if self._failure is not None:
-            await asyncio.sleep(max(0.0, self._retry_at - time.monotonic()))
-        started = time.monotonic()
-        try:
-            connection = await self._connect_watched(started)
-        except Exception as exc:
-            self._opening -= 1
-            self._size -= 1
-            self._connect_failed(exc, started)
-            return
-        self._opening -= 1
-        self._counts["connections_ms"] += round((time.monotonic() - started) * 1000)
-        self._failure, self._backoff, self._patience = None, 0.0, PATIENCE
-        spread = 1 - LIFETIME_SPREAD * random.random()
-        self._put(_Entry(connection, time.monotonic() + self.options.max_lifetime * spread))
-        for task, since in list(self._connecting.items()):
-            # The server answers, but not these: what they sent is lost.
-            if since < started - PATIENCE:
-                task.cancel()
-        if not self.closed:
-            self._maybe_open()
-
-    async def _connect_watched(self, started: float) -> C:
-        self._counts["connections_num"] += 1
-        task = asyncio.current_task()
-        assert task is not None
-        self._connecting[task] = started
-        self._expect_answer()
-        try:
-            return await self._connect_in_time()
-        finally:
-            del self._connecting[task]
-            if not self._connecting and self._next_try is not None:
-                self._next_try.cancel()
-
-    def _expect_answer(self) -> None:
-        """Come back when the newest attempt has had its time."""
-        if self._next_try is not None:
-            self._next_try.cancel()
-        self._next_try = self.loop.call_later(
-            PATIENCE, _try_another, weakref.ref(self), context=contextvars.Context()
-        )
-
-    def _try_another(self) -> None:
-        """Connect once more beside attempts that are not answered: what those sent may be lost, and
-        the server well again.
-
-        When there is no place for one more, the oldest attempt is given up for it, after twice as
-        long each time: the server may only be slow.
-        """
-        if self.closed or not self._waiters or not self._connecting:
-            return
-        if self._size < self.options.limit:
-            self._start_attempt()
-            return
-        oldest, since = next(iter(self._connecting.items()))
-        if time.monotonic() - since < self._patience:
-            self._expect_answer()
-            return
-        self._patience *= 2
-        oldest.add_done_callback(self._replace_attempt)
-        oldest.cancel()
-
-    def _replace_attempt(self, task: asyncio.Task[None]) -> None:
-        if self._waiters and self._size < self.options.limit and not self.closed:
-            self._start_attempt()
-
-    async def _connect_in_time(self) -> C:
-        """Connect, for no longer than a caller waits: a name server or a server that never answers
-        must not keep the place."""
-        limit = asyncio.timeout(self.options.timeout)
-        try:
-            async with limit:
-                return await self._connect()
-        except TimeoutError as exc:
-            if not limit.expired():
-                raise
-            raise PoolTimeout(
-                f"connecting to {self.name!r} took longer than {self.options.timeout:.1f} s"
-            ) from exc
-
-    def _opener_ended(self, task: asyncio.Task[None]) -> None:
-        """A task that is cancelled before its first step runs nothing of its own."""
-        if task.cancelled() or task.exception() is not None:
-            self._opening -= 1
-            self._size -= 1
-
-    def _connect_failed(self, error: Exception, started: float) -> None:
-        """Tell the first who waits, or all of them when it would only fail again; then try again
-        later."""
-        self._counts["connections_errors"] += 1
-        now = time.monotonic()
-        if self._failure is None or started > self._retry_at + BACKOFF_MAX:
-            # The first failure, or the first after a time in which nobody wanted a connection.
-            self._failing_since, self._backoff = now, 0.0
-        self._failure = error.with_traceback(None)
-        self._backoff = min(max(BACKOFF_MIN, self._backoff * 2), BACKOFF_MAX)
-        self._retry_at = now + self._backoff * random.uniform(0.8, 1.0)
-        logger.warning("connecting to %r failed: %s", self.name, error)
-        lasts = now - self._failing_since > self.options.reconnect_timeout
-        gives_up = lasts or self._is_permanent(error)
-        if gives_up:
-            self._fail_waiters(lambda: _again(error))
-        elif not self._leased:
-            self._fail_waiters(lambda: _again(error), most=1)
-        # Else the server works, but has no room for one more: who waits gets the next that is free.
-        if not self.closed and not gives_up:
-            self._maybe_open()
-
     def _fail_waiters(self, error: Callable[[], BaseException], most: int | None = None) -> None:
         while self._waiters and most != 0:
             waiter, _ = self._waiters.popitem(last=False)
@@ -757,18 +607,6 @@ class Pool(Generic[C]):
         if self._leased:
             await self._drained.wait()
 
-    def _can_spawn(self) -> bool:
-        return asyncio._get_running_loop() is self.loop
-
-    def _spawn(
-        self, coroutine: Coroutine[Any, Any, None], group: set[asyncio.Task[None]]
-    ) -> asyncio.Task[None]:
-        # A context of its own: the task outlives the request that happened to start it.
-        task = self.loop.create_task(coroutine, context=contextvars.Context())
-        group.add(task)
-        task.add_done_callback(group.discard)
-        return task
-
 
 COUNTERS = (
     "usage_ms",
@@ -793,23 +631,6 @@ async def _sentinel(pool: weakref.ref[Pool[Any]]) -> AsyncGenerator[None, None]:
             await alive._settle()
 
 
-def _try_another(pool: weakref.ref[Pool[Any]]) -> None:
-    if (alive := pool()) is not None:
-        alive._try_another()
-
-
 def _housekeep(pool: weakref.ref[Pool[Any]]) -> None:
     if (alive := pool()) is not None:
         alive._housekeep()
-
-
-def _again(error: BaseException) -> BaseException:
-    """A copy of `error` to raise: one object raised in several tasks would collect all their
-    tracebacks."""
-    try:
-        fresh = copy.copy(error)
-    except Exception:
-        # Its class cannot be made from its arguments alone.
-        return error.with_traceback(None)
-    fresh.__cause__ = error.__cause__
-    return fresh
