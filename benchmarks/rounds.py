@@ -45,10 +45,13 @@ class Plan:
     rounds: int
     share: float = 1.0
 
-    def operations(self, work: Work, tasks: int) -> int:
-        """How many operations a turn has: every task has one at least, and all have as many."""
-        wanted = max(1, round(work.operations * self.share / tasks))
-        return wanted * tasks
+    def turn(self, work: Work, tasks: int) -> tuple[int, int]:
+        """How many operations a turn has, and how many tasks: each has as many as any other, and
+        one at least. Where only a share is done there may be fewer tasks than were asked for."""
+        wanted = max(1, round(work.operations * self.share))
+        if self.share < 1:
+            tasks = min(tasks, wanted)
+        return max(1, round(wanted / tasks)) * tasks, tasks
 
 
 def groups(competitors: Sequence[type[Competitor]], room: int, pool: int) -> Iterator[list[int]]:
@@ -123,14 +126,14 @@ async def _rounds(
     plan: Plan,
     database: works.Written,
 ) -> None:
-    operations = plan.operations(work, series.tasks)
+    operations, tasks = plan.turn(work, series.tasks)
     for turn in range(plan.rounds + 1):
         for competitor in competitors:
             if competitor.name in series.absent:
                 continue
             try:
                 async with asyncio.timeout(LONGEST_TURN):
-                    spent = await take_turn(competitor, work, operations, series.tasks, database)
+                    spent = await take_turn(competitor, work, operations, tasks, database)
             except NotOffered as error:
                 series.absent[competitor.name] = str(error) or "not offered"
             except Exception as error:
