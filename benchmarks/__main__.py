@@ -10,6 +10,8 @@ from rich.console import Console
 
 from benchmarks import options
 
+WIDTH = 160
+
 
 def main() -> int:
     """Measure, show, save; returns the exit code."""
@@ -20,7 +22,9 @@ def main() -> int:
     django.setup()
     from benchmarks import bars, runs, tables
 
-    console = Console(width=None if sys.stdout.isatty() else 220)
+    console = Console()
+    # Tables of eleven works are unreadable when they are folded.
+    console.width = max(console.width, WIDTH)
     progress = Console(stderr=True)
 
     def say(text: str) -> None:

@@ -12,6 +12,7 @@ from benchmarks.rounds import Plan
 from benchmarks.works import WORKS
 
 SECTIONS = ("postgresql", "http", "memory", "mariadb", "sqlite")
+QUICK_SECTIONS = ("postgresql", "http", "mariadb", "sqlite")
 ROUNDS, QUICK_ROUNDS = 5, 2
 QUICK_SHARE = 0.1
 
@@ -51,14 +52,14 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     rounds = given.rounds or (QUICK_ROUNDS if given.quick else ROUNDS)
     names = given.competitors or list(competitors.POSTGRESQL)
     return Options(
-        sections=tuple(given.sections or SECTIONS),
+        sections=tuple(given.sections or (QUICK_SECTIONS if given.quick else SECTIONS)),
         # The unit is always there, and first.
         competitors=(competitors.UNIT, *[name for name in names if name != competitors.UNIT]),
         works=tuple(given.works or WORKS),
         tasks=tuple(given.tasks),
         plan=Plan(rounds, QUICK_SHARE if given.quick else 1.0),
         loop=given.loop,
-        seconds=0.5 if given.quick else 2.0,
+        seconds=0.25 if given.quick else 1.0,
         json=given.json,
         plots=given.plots,
         check=given.check,
@@ -76,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="*",
         metavar="SECTION",
         type=_one_of(SECTIONS),
-        help=f"of {', '.join(SECTIONS)}; all if none is given",
+        help=f"of {', '.join(SECTIONS)}; all if none is given, but memory with --quick",
     )
     parser.add_argument("--works", nargs="+", choices=WORKS, metavar="WORK", help=", ".join(WORKS))
     parser.add_argument(

@@ -1,4 +1,5 @@
-"""Competitors by turns: A B C, A B C, ... in one run, each result checked after its time was taken."""
+"""Competitors by turns: A B C, A B C, ... in one run, each result checked after its time was
+taken."""
 
 from __future__ import annotations
 
@@ -54,24 +55,23 @@ class Plan:
         return max(1, round(wanted / tasks)) * tasks, tasks
 
 
-def groups(competitors: Sequence[type[Competitor]], room: int, pool: int) -> Iterator[list[int]]:
+def groups(pools: Sequence[str], room: int, size: int) -> Iterator[list[int]]:
     """The competitors that can be connected at the same time, by their place, the unit in each.
 
     Args:
-        competitors: the unit first.
+        pools: the pool of each competitor, the unit first.
         room: connections that the server still takes.
-        pool: connections of each pool.
+        size: connections of each pool.
     """
-    pools = {competitors[0].pool}
-    group = [0]
-    for place, competitor in enumerate(competitors[1:], 1):
-        more = pools | {competitor.pool}
+    group, open_pools = [0], {pools[0]}
+    for place, pool in enumerate(pools[1:], 1):
+        more = open_pools | {pool}
         # Two at the least: with less room than that nothing can be compared.
-        if len(more) * pool > room and len(pools) > 1:
+        if len(more) * size > room and len(more) > len(open_pools) > 1:
             yield group
-            group, more = [0], {competitors[0].pool, competitor.pool}
+            group, more = [0], {pools[0], pool}
         group.append(place)
-        pools = more
+        open_pools = more
     yield group
 
 
@@ -80,7 +80,7 @@ async def measure(
     chosen: Sequence[Work],
     tasks: Sequence[int],
     plan: Plan,
-    database: works.Written,
+    database: works.Written | None,
     say: Callable[[str], None],
 ) -> list[Series]:
     """Measure these competitors, which are connected at the same time.
@@ -90,7 +90,7 @@ async def measure(
         chosen: the works.
         tasks: numbers of tasks at the same time.
         plan: how much.
-        database: what is written to is filled and looked at through it.
+        database: what is written to is filled and looked at through it; None if all is read only.
         say: is told of the progress.
     """
     found = []
@@ -124,7 +124,7 @@ async def _rounds(
     work: Work,
     series: Series,
     plan: Plan,
-    database: works.Written,
+    database: works.Written | None,
 ) -> None:
     operations, tasks = plan.turn(work, series.tasks)
     for turn in range(plan.rounds + 1):
@@ -145,7 +145,7 @@ async def _rounds(
 
 
 async def take_turn(
-    competitor: Competitor, work: Work, operations: int, tasks: int, database: works.Written
+    competitor: Competitor, work: Work, operations: int, tasks: int, database: works.Written | None
 ) -> float:
     """One turn of one competitor; returns the seconds it took.
 
@@ -153,7 +153,7 @@ async def take_turn(
         WrongResult: a result, or what is in the table afterwards, is not what it must be.
         NotOffered: the library has no way to do the work.
     """
-    if work.writes:
+    if work.writes and database:
         database.refill()
     results: list[tuple[Client, int, object]] = []
 
@@ -177,7 +177,7 @@ async def take_turn(
         competitor.leave()
     for client, number, result in results:
         work.check(client, number, result)
-    if work.writes:
+    if work.writes and database:
         works.check_written(work, operations, database.written())
     return spent
 

@@ -5,22 +5,26 @@ from __future__ import annotations
 import asyncio
 import os
 import platform
+import statistics
 import sys
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeVar
 
-from benchmarks import competitors, results, rounds
+from benchmarks import competitors, memory, others, results, rounds
 from benchmarks.bars import Result
 from benchmarks.competitors.base import Competitor
 from benchmarks.database import Database
 from benchmarks.options import Options
-from benchmarks.results import Section
+from benchmarks.results import Figure, Section
 from benchmarks.settings import POOL
-from benchmarks.works import WORKS
+from benchmarks.web import bodies, served
+from benchmarks.works import WORKS, Work
 
 T = TypeVar("T")
 Say = Callable[[str], None]
+# At the same time, where no option says so.
+TASKS = 20
 # Whose versions are written into the JSON file.
 PACKAGES = (
     "django-asyncsession",
@@ -42,29 +46,102 @@ PACKAGES = (
 
 def run(options: Options, say: Say) -> Iterator[Section]:
     """Measure each section, and give it as soon as it is there."""
-    on_postgresql = {"postgresql": _postgresql}
-    if any(name in on_postgresql for name in options.sections):
+    if any(name in ON_POSTGRESQL for name in options.sections):
         with Database() as database:
             for name in options.sections:
-                if name in on_postgresql:
-                    yield from on_postgresql[name](options, database, say)
+                if name in ON_POSTGRESQL:
+                    yield from ON_POSTGRESQL[name](options, database, say)
+    for name in options.sections:
+        if name in ELSEWHERE:
+            yield from _elsewhere(name, options, say)
 
 
 def _postgresql(options: Options, database: Database, say: Say) -> Iterator[Section]:
     chosen = {name: competitors.load(competitors.POSTGRESQL[name]) for name in options.competitors}
-    titles = {name: competitor.title for name, competitor in chosen.items()}
     works = [WORKS[name] for name in options.works]
-    absent = {name: why for name, kind in chosen.items() if (why := kind.missing())}
-    present = [kind for name, kind in chosen.items() if name not in absent]
-    measured = []
-    for group in rounds.groups(present, database.room(), POOL):
-        ready = [present[place]() for place in group]
-        measuring = rounds.measure(ready, works, options.tasks, options.plan, database, say)
-        measured += in_loop(options.loop, measuring)
-    for series in measured:
-        series.absent.update(absent)
+    measured, titles = _measure(chosen, works, options.tasks, options, database, say)
     named = {work.name: work.title for work in works}
     yield from results.sections_of("postgresql", competitors.UNIT, titles, named, measured)
+
+
+def _measure(
+    chosen: Mapping[str, type[Competitor]],
+    works: Sequence[Work],
+    tasks: Sequence[int],
+    options: Options,
+    database: Database | None,
+    say: Say,
+) -> tuple[list[rounds.Series], dict[str, str]]:
+    """The competitors in as many groups as the server has room for; their titles."""
+    absent = {name: why for name, kind in chosen.items() if (why := kind.missing())}
+    present = [kind for name, kind in chosen.items() if name not in absent]
+    room = database.room() if database else POOL * len(present)
+    measured = []
+    groups = list(rounds.groups([kind.pool for kind in present], room, POOL))
+    for group in groups:
+        ready = [present[place]() for place in group]
+        if len(groups) > 1:
+            say(f"room for {room} connections: {', '.join(each.name for each in ready)}")
+        measured += in_loop(
+            options.loop, rounds.measure(ready, works, tasks, options.plan, database, say)
+        )
+    for series in measured:
+        series.absent.update(absent)
+    return measured, {name: kind.title for name, kind in chosen.items()}
+
+
+def _elsewhere(name: str, options: Options, say: Say) -> Iterator[Section]:
+    found, unit, make = ELSEWHERE[name]
+    chosen = {each: competitors.load(where) for each, where in found.items()}
+    get = WORKS["get"]
+    try:
+        with make():
+            say(name)
+            measured, titles = _measure(chosen, [get], [TASKS], options, None, say)
+    except LookupError as error:
+        say(f"{name}: {error}")
+        return
+    yield from results.sections_of(name, unit, titles, {get.name: get.title}, measured)
+
+
+def _http(options: Options, database: Database, say: Say) -> Iterator[Section]:
+    chosen = [each for each in served.CONTESTANTS if not each.missing()]
+    measured = []
+    for group in rounds.groups([each.name for each in chosen], database.room(), POOL):
+        here = [chosen[place] for place in group]
+        measured += served.measure(here, options.plan.rounds, options.seconds, options.loop, say)
+    titles = {each.name: each.title for each in served.CONTESTANTS}
+    for section in results.sections_of("http", "django", titles, bodies.TITLES, measured):
+        section.is_speed, section.unit_of_measure = True, "requests/s"
+        for work in bodies.TITLES:
+            absent = {each.name: why for each in served.CONTESTANTS if (why := each.missing())}
+            section.absent.setdefault(work, {}).update(absent)
+        yield section
+
+
+def _memory(options: Options, database: Database, say: Say) -> Iterator[Section]:
+    kinds = {name: competitors.load(competitors.POSTGRESQL[name]) for name in options.competitors}
+    present = [
+        name for name, kind in kinds.items() if not kind.missing() and name not in memory.LEFT_OUT
+    ]
+    database.refill(memory.STREAMED)
+    found, absent = memory.measure_all(present, 1, say)
+    titles = {name: kind.title for name, kind in kinds.items()}
+    section = Section("memory", 1, "", titles, memory.TITLES, unit_of_measure="", absent=absent)
+    for work, measured in found.items():
+        section.figures[work] = {
+            name: Figure(statistics.median(values), None, tuple(values))
+            for name, values in measured.items()
+        }
+    yield section
+
+
+Measure = Callable[[Options, Database, Say], Iterator[Section]]
+ON_POSTGRESQL: dict[str, Measure] = {"postgresql": _postgresql, "http": _http, "memory": _memory}
+ELSEWHERE = {
+    "mariadb": (competitors.MARIADB, "asyncmy", others.on_mariadb),
+    "sqlite": (competitors.SQLITE, "hop", others.on_sqlite),
+}
 
 
 def in_loop(loop: str, main: Coroutine[Any, Any, T]) -> T:

@@ -40,14 +40,14 @@ def table(section: Section) -> Table:
 
 
 def cell(figure: Figure | None, section: Section) -> str:
-    """The ratio, its quartiles and the median, in two lines; empty where nothing was measured."""
+    """The ratio, its quartiles and the median, in three lines; empty where nothing was measured."""
     if figure is None:
         return ""
-    measured = f"{figure.median:,.0f} {section.unit_of_measure}"
+    measured = f"{figure.median:,.{0 if figure.median >= 100 else 1}f} {section.unit_of_measure}"
     if figure.ratio is None:
-        return measured
+        return measured.strip()
     ratio = figure.ratio
-    return f"{ratio.median:.2f} ({ratio.low:.2f}-{ratio.high:.2f})\n{measured}"
+    return f"{ratio.median:.2f}\n{ratio.low:.2f}-{ratio.high:.2f}\n{measured}"
 
 
 def absences(section: Section) -> list[str]:
@@ -65,15 +65,18 @@ def absences(section: Section) -> list[str]:
 
 def show_bars(console: Console, results: Sequence[Result]) -> None:
     """A table of the bars."""
+    measured = [each for each in results if each.verdict is not Verdict.NOT_MEASURED]
     built = Table(title="What must hold", title_justify="left")
     for title in ("", "work", "compared with", "bar", "measured", ""):
         built.add_column(title, justify="right" if title in ("bar", "measured") else "left")
-    styles = {Verdict.HELD: "green", Verdict.MISSED: "red", Verdict.NOT_MEASURED: "dim"}
-    for result in results:
+    styles = {Verdict.HELD: "green", Verdict.MISSED: "red"}
+    for result in measured:
         bar = result.bar
         limit = f"{'at least' if bar.is_least else 'at most'} {bar.limit:g}"
-        measured = "" if result.measured is None else f"{result.measured:.2f}"
         where = "" if bar.section == "postgresql" else f"{bar.section}: "
-        row = (bar.competitor, where + bar.work, bar.base or "MB", limit, measured)
+        row = (bar.competitor, where + bar.work, bar.base or "MB", limit, f"{result.measured:.2f}")
         built.add_row(*row, str(result.verdict), style=styles[result.verdict])
-    console.print(built)
+    if measured:
+        console.print(built)
+    if rest := len(results) - len(measured):
+        console.print(f"  {rest} of {len(results)} bars not measured", style="dim", highlight=False)

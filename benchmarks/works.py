@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from benchmarks import rows
 
+
 class Written(Protocol):
     """Where the table of drafts is."""
 

@@ -1,6 +1,6 @@
-"""django-async-backend: its own copy of Django's ORM on psycopg's async connections, a pool of ten, the
-connection of each task given back at its end, as after a request; it has no prefetch_related and no
-aiterator(), and needs Django 6.1 and Python 3.12."""
+"""django-async-backend: its own copy of Django's ORM on psycopg's async connections, a pool of
+ten, the connection of each task given back at its end, as after a request; it has no
+prefetch_related and no aiterator(), and needs Django 6.1 and Python 3.12."""
 
 from __future__ import annotations
 

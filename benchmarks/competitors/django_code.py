@@ -1,4 +1,5 @@
-"""Ordinary Django code for each work, async and sync, on one alias; it knows nothing of sessions."""
+"""Ordinary Django code for each work, async and sync, on one alias; it knows nothing of
+sessions."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""Django's async ORM as it comes, in threads: `django`, a thread and a connection of Django's pool for
-each task, as for each request under ASGI; `django_one`, one thread for all, as in a script. A
-transaction is one sync function in the thread; statements are not prepared, Django's default."""
+"""Django's async ORM as it comes, in threads: `django`, a thread and a connection of Django's
+pool for each task, as for each request under ASGI; `django_one`, one thread for all, as in a
+script. A transaction is one sync function in the thread; statements are not prepared, Django's
+default."""
 
 from __future__ import annotations
 

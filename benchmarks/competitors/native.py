@@ -30,9 +30,11 @@ class Native(PackageCompetitor):
 
     @asynccontextmanager
     async def client(self) -> AsyncIterator[Client]:
-        async with databases["default"].get_session(autocommit=True) as session:
-            async with native.use(session):
-                yield NativeClient(session)
+        async with (
+            databases["default"].get_session(autocommit=True) as session,
+            native.use(session),
+        ):
+            yield NativeClient(session)
 
 
 class NativeClient(AsyncCode):

@@ -1,6 +1,6 @@
-"""Piccolo on asyncpg: its own pool of ten, autocommit, statements prepared by asyncpg. Rows are objects,
-values are lists, which `select` has besides dicts; related rows come by `prefetch` in one join, and
-the books of several authors by a second query, as Piccolo has no reverse relation."""
+"""Piccolo on asyncpg: its own pool of ten, autocommit, statements prepared by asyncpg. Rows are
+objects, values are lists, which `select` has besides dicts; related rows come by `prefetch` in
+one join, and the books of several authors by a second query, as Piccolo has no reverse relation."""
 
 from __future__ import annotations
 

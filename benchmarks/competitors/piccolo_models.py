@@ -40,5 +40,3 @@ class Draft(Table, tablename="benchmarks_draft"):
     pages = Integer()
     price = Numeric(digits=(8, 2))
     published = Date()
-
-

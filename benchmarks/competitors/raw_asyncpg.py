@@ -1,5 +1,5 @@
-"""asyncpg's own pool, a connection taken for each operation, autocommit, statements prepared and kept
-by asyncpg itself, rows as its Records; executemany as asyncpg sends it."""
+"""asyncpg's own pool, a connection taken for each operation, autocommit, statements prepared and
+kept by asyncpg itself, rows as its Records; many rows go by COPY, the fastest way it has."""
 
 from __future__ import annotations
 
@@ -85,7 +85,10 @@ class RawAsyncpgClient(Client):
 
     async def insert_many(self, number: int) -> Any:
         values = [tuple(rows.draft(of).values()) for of in rows.draft_numbers(number)]
-        await self.connections.executemany(SQL.insert_only, values)
+        async with self.connections.acquire() as connection:
+            await connection.copy_records_to_table(
+                "benchmarks_draft", records=values, columns=rows.DRAFT[1:]
+            )
 
     async def many(self, limit: int) -> Any:
         return await self.connections.fetch(SQL.many, limit)

@@ -1,5 +1,6 @@
-"""The unit: psycopg's AsyncConnectionPool, a connection taken for each operation, autocommit, every
-statement prepared at its first use, rows as tuples; executemany in psycopg's own pipeline."""
+"""The unit: psycopg's AsyncConnectionPool, a connection taken for each operation, autocommit,
+every statement prepared at its first use, rows as tuples; many rows go by COPY, the fastest way
+it has."""
 
 from __future__ import annotations
 
@@ -105,8 +106,13 @@ class RawPsycopgClient(Client):
 
     async def insert_many(self, number: int) -> Any:
         values = [tuple(rows.draft(of).values()) for of in rows.draft_numbers(number)]
-        async with self.connections.connection() as connection, connection.transaction():
-            await connection.cursor().executemany(SQL.insert_only, values)
+        async with (
+            self.connections.connection() as connection,
+            connection.cursor() as cursor,
+            cursor.copy(SQL.copy) as copy,
+        ):
+            for row in values:
+                await copy.write_row(row)
 
     async def many(self, limit: int) -> Any:
         return await self._all(SQL.many, [limit])

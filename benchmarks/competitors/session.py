@@ -1,6 +1,6 @@
-"""This package: `session`, one in autocommit for each task, so that each statement takes a connection
-of its own, and a transaction where the work is one; and `transaction`, a session for each operation
-with the transaction that sessions have by default."""
+"""This package: `session`, one in autocommit for each task, so that each statement takes a
+connection of its own, and a transaction where the work is one; and `transaction`, a session for
+each operation with the transaction that sessions have by default."""
 
 from __future__ import annotations
 

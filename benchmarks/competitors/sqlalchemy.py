@@ -1,6 +1,6 @@
-"""SQLAlchemy's AsyncSession on asyncpg and on psycopg: a session for each operation, in the transaction
-that it begins by itself, expire_on_commit=False as its documentation says for asyncio, a pool of ten
-without overflow; both drivers prepare statements by their own defaults."""
+"""SQLAlchemy's AsyncSession on asyncpg and on psycopg: a session for each operation, in the
+transaction that it begins by itself, expire_on_commit=False as its documentation says for
+asyncio, a pool of ten without overflow; both drivers prepare statements by their own defaults."""
 
 from __future__ import annotations
 

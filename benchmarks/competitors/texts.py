@@ -8,9 +8,7 @@ from dataclasses import dataclass, fields, replace
 from benchmarks import rows
 
 _BOOK = ", ".join(rows.BOOK)
-_BOTH = ", ".join(
-    [f"b.{name}" for name in rows.BOOK] + [f"a.{name}" for name in rows.AUTHOR]
-)
+_BOTH = ", ".join([f"b.{name}" for name in rows.BOOK] + [f"a.{name}" for name in rows.AUTHOR])
 _INSERT = "INSERT INTO benchmarks_draft (title, pages, price, published) VALUES (%s, %s, %s, %s)"
 
 
@@ -35,7 +33,7 @@ class Texts:
         "SELECT id, title, pages, price FROM benchmarks_book WHERE id >= %s AND id < %s ORDER BY id"
     )
     insert: str = f"{_INSERT} RETURNING id"
-    insert_only: str = _INSERT
+    copy: str = "COPY benchmarks_draft (title, pages, price, published) FROM STDIN"
     update: str = "UPDATE benchmarks_draft SET pages = %s WHERE id = %s"
     many: str = f"SELECT {_BOOK} FROM benchmarks_book LIMIT %s"
     stream: str = "SELECT id, title, pages, price, published FROM benchmarks_draft LIMIT %s"

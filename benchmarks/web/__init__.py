@@ -1,0 +1,1 @@
+"""Requests per second: each contestant under uvicorn in a process of its own, and what loads it."""
