@@ -1,11 +1,11 @@
 # make demo    the test project on a real PostgreSQL, in a browser
 # make test    all tests, in three processes; ARGS are pytest's: make test ARGS="-k session -x"
+# make bench   this package beside the driver under it and other ORMs; ARGS="--quick", ARGS="--help"
 #
 # PYTHON chooses the interpreter, DATABASE_URL the demo's database, PORT the demo's port.
 
 PYTHON ?= python3
 export PORT ?= 8000
-ARGS ?= -n 3 --dist loadfile
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -15,14 +15,19 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2
 MADE := $(VENV)/made-with-$(VERSION)
 FOR_DEMO := $(VENV)/has-demo,postgresql$(MYSQL)
 FOR_TEST := $(VENV)/has-test
+FOR_BENCH := $(VENV)/has-bench
 
-.PHONY: demo test clean
+.PHONY: demo test bench clean
 
 demo: $(FOR_DEMO)
 	@$(BIN)/python -m testproject.demo
 
+test: ARGS ?= -n 3 --dist loadfile
 test: $(FOR_TEST)
 	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(FOR_BENCH)
+	$(BIN)/python -m benchmarks $(ARGS)
 
 clean:
 	rm -rf $(VENV) .tox .demo

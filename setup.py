@@ -35,6 +35,22 @@ TEST = [
     "pytest-timeout>=2.4",
     "uvloop>=0.21; platform_system != 'Windows'",
 ]
+BENCH = [
+    *POSTGRESQL,
+    *MYSQL,
+    *DEMO,
+    "aiosqlite>=0.21",
+    "asyncpg>=0.30",
+    # It copies the ORM of one version of Django.
+    "django-async-backend>=6.1; python_version >= '3.12'",
+    "fastapi>=0.115",
+    "matplotlib>=3.10",
+    "piccolo>=1.28",
+    "sqlalchemy[asyncio]>=2.0.41",
+    "starlette>=0.46",
+    "tortoise-orm>=1.0",
+    "uvloop>=0.21; platform_system != 'Windows'",
+]
 
 
 def version() -> str:
@@ -91,5 +107,6 @@ setup(
         "mysql": MYSQL,
         "demo": DEMO,
         "test": TEST,
+        "bench": BENCH,
     },
 )

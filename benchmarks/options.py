@@ -9,12 +9,13 @@ from pathlib import Path
 
 from benchmarks import competitors
 from benchmarks.rounds import Plan
+from benchmarks.web import APPLICATIONS
 from benchmarks.works import WORKS
 
 SECTIONS = ("postgresql", "http", "memory", "mariadb", "sqlite")
 QUICK_SECTIONS = ("postgresql", "http", "mariadb", "sqlite")
 ROUNDS, QUICK_ROUNDS = 5, 2
-QUICK_SHARE = 0.1
+QUICK_SHARE = 0.05
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Options:
     Attributes:
         sections: kinds of comparisons.
         competitors: names, of PostgreSQL.
+        applications: names, of HTTP.
         works: names, of PostgreSQL.
         tasks: numbers of tasks at the same time, of PostgreSQL.
         plan: rounds, and how much is done in each.
@@ -36,6 +38,7 @@ class Options:
 
     sections: tuple[str, ...]
     competitors: tuple[str, ...]
+    applications: tuple[str, ...]
     works: tuple[str, ...]
     tasks: tuple[int, ...]
     plan: Plan
@@ -55,6 +58,8 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         sections=tuple(given.sections or (QUICK_SECTIONS if given.quick else SECTIONS)),
         # The unit is always there, and first.
         competitors=(competitors.UNIT, *[name for name in names if name != competitors.UNIT]),
+        # The unit is first, where it is wanted.
+        applications=tuple(n for n in APPLICATIONS if n in (given.applications or APPLICATIONS)),
         works=tuple(given.works or WORKS),
         tasks=tuple(given.tasks),
         plan=Plan(rounds, QUICK_SHARE if given.quick else 1.0),
@@ -86,6 +91,13 @@ def _parser() -> argparse.ArgumentParser:
         choices=competitors.POSTGRESQL,
         metavar="NAME",
         help=f"on PostgreSQL: {', '.join(competitors.POSTGRESQL)}",
+    )
+    parser.add_argument(
+        "--applications",
+        nargs="+",
+        choices=APPLICATIONS,
+        metavar="NAME",
+        help=f"of HTTP: {', '.join(APPLICATIONS)}",
     )
     parser.add_argument(
         "--tasks", nargs="+", type=_positive, default=[20], metavar="N", help="at the same time; 20"

@@ -41,7 +41,7 @@ def _draw(section: Section, about: Mapping[str, Any]) -> Any:
     lines = -(-len(works) // columns)
     height = 0.9 + 0.26 * len(section.titles)
     figure = Figure(figsize=(4.6 * columns, height * lines + 0.6), layout="constrained")
-    axes = figure.subplots(lines, columns, squeeze=False).flat
+    axes = list(figure.subplots(lines, columns, squeeze=False).flat)
     for axis in axes:
         axis.set_visible(False)
     for axis, work in zip(axes, works, strict=False):
@@ -67,9 +67,11 @@ def _bars(axis: Any, section: Section, work: str) -> None:
     colors = [COLORS[name in OURS] for name, *_ in shown]
     axis.barh([title for _, title, _, _ in shown], values, color=colors)
     for place, (_, _, value, ratio) in enumerate(shown):
+        end = value
         if ratio is not None:
             axis.plot([ratio.low, ratio.high], [place, place], color="#33404d", linewidth=1)
-        axis.text(value, place, f" {value:,.2f}" if section.unit else f" {value:,.0f}", va="center")
+            end = max(value, ratio.high)
+        axis.text(end, place, f" {value:,.2f}" if section.unit else f" {value:,.0f}", va="center")
     axis.set_title(section.works.get(work, "geometric mean"), fontsize=10)
     axis.margins(x=0.18)
     axis.tick_params(labelsize=8)

@@ -107,6 +107,10 @@ async def measure(
             else:
                 everything.push_async_callback(_close, competitor)
                 ready.append(competitor)
+        # What is there by now stays, and need not be looked through in each turn.
+        gc.collect()
+        gc.freeze()
+        everything.callback(gc.unfreeze)
         for count in tasks:
             for work in chosen:
                 say(f"{work.title}, {count} tasks")

@@ -18,7 +18,7 @@ from benchmarks.database import Database
 from benchmarks.options import Options
 from benchmarks.results import Figure, Section
 from benchmarks.settings import POOL
-from benchmarks.web import bodies, served
+from benchmarks.web import APPLICATIONS, bodies, served
 from benchmarks.works import WORKS, Work
 
 T = TypeVar("T")
@@ -105,17 +105,17 @@ def _elsewhere(name: str, options: Options, say: Say) -> Iterator[Section]:
 
 
 def _http(options: Options, database: Database, say: Say) -> Iterator[Section]:
-    chosen = [each for each in served.CONTESTANTS if not each.missing()]
+    absent = {name: why for name in options.applications if (why := served.missing(name))}
+    chosen = [name for name in options.applications if name not in absent]
     measured = []
-    for group in rounds.groups([each.name for each in chosen], database.room(), POOL):
+    for group in rounds.groups(chosen, database.room(), POOL):
         here = [chosen[place] for place in group]
         measured += served.measure(here, options.plan.rounds, options.seconds, options.loop, say)
-    titles = {each.name: each.title for each in served.CONTESTANTS}
+    titles = {name: APPLICATIONS[name].title for name in options.applications}
+    for series in measured:
+        series.absent.update(absent)
     for section in results.sections_of("http", "django", titles, bodies.TITLES, measured):
         section.is_speed, section.unit_of_measure = True, "requests/s"
-        for work in bodies.TITLES:
-            absent = {each.name: why for each in served.CONTESTANTS if (why := each.missing())}
-            section.absent.setdefault(work, {}).update(absent)
         yield section
 
 

@@ -24,16 +24,16 @@ def table(section: Section) -> Table:
     many = section.unit and len(section.works) > 2
     what = "connections" if section.name == "http" else "tasks"
     built = Table(title=f"{section.name}, {section.tasks} {what}", title_justify="left")
-    built.add_column("")
+    built.add_column("", min_width=18)
     for title in section.works.values():
-        built.add_column(title, justify="right")
+        built.add_column(title, justify="right", overflow="fold")
     if many:
         built.add_column("geometric mean", justify="right")
     for name, title in section.titles.items():
         cells = [cell(section.figures.get(work, {}).get(name), section) for work in section.works]
         if many:
             mean = section.ratio(MEAN, name)
-            cells.append("" if mean is None else f"{mean:.2f}")
+            cells.append("" if mean is None else short(mean))
         if any(cells):
             built.add_row(title, *cells)
     return built
@@ -43,11 +43,23 @@ def cell(figure: Figure | None, section: Section) -> str:
     """The ratio, its quartiles and the median, in three lines; empty where nothing was measured."""
     if figure is None:
         return ""
-    measured = f"{figure.median:,.{0 if figure.median >= 100 else 1}f} {section.unit_of_measure}"
+    measured = quantity(figure.median, section.unit_of_measure)
     if figure.ratio is None:
-        return measured.strip()
+        return measured
     ratio = figure.ratio
-    return f"{ratio.median:.2f}\n{ratio.low:.2f}-{ratio.high:.2f}\n{measured}"
+    return f"{short(ratio.median)}\n{short(ratio.low)}-{short(ratio.high)}\n{measured}"
+
+
+def quantity(value: float, unit: str) -> str:
+    """A number with its unit; microseconds become milliseconds where they are many."""
+    if unit == "µs" and value >= 1_000:
+        value, unit = value / 1_000, "ms"
+    return f"{value:,.{0 if value >= 100 else 1}f} {unit}".strip()
+
+
+def short(ratio: float) -> str:
+    """A ratio with as many decimals as mean something."""
+    return f"{ratio:.{2 if ratio < 10 else 1}f}"
 
 
 def absences(section: Section) -> list[str]:

@@ -1,4 +1,4 @@
-"""The contestants' servers, started and stopped, and loaded by turns."""
+"""The applications' servers, started and stopped, and loaded by turns."""
 
 from __future__ import annotations
 
@@ -13,67 +13,36 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.database import url
 from benchmarks.rounds import Series
-from benchmarks.web import bodies, loader
+from benchmarks.web import APPLICATIONS, bodies, loader
 
 CONNECTIONS = 20
 SECONDS_TO_START = 30.0
 
 
-@dataclass(frozen=True)
-class Contestant:
-    """One application: its title, where it is, what must be installed."""
-
-    name: str
-    title: str
-    application: str
-    needs: tuple[str, ...] = ()
-
-    def missing(self) -> str | None:
-        """Why it cannot take part here; None when it can."""
-        absent = [name for name in self.needs if importlib.util.find_spec(name) is None]
-        return f"not installed: {', '.join(absent)}" if absent else None
-
-
-_DJANGO = "benchmarks.web.django_views:application"
-CONTESTANTS = (
-    Contestant("django", "Django's async ORM", _DJANGO),
-    Contestant("session", "session view", _DJANGO),
-    Contestant("native", "native mode, Django's view", _DJANGO),
-    Contestant("django_usual", "Django's async ORM, usual middleware", _DJANGO),
-    Contestant("session_usual", "session view, usual middleware", _DJANGO),
-    Contestant(
-        "starlette",
-        "Starlette, SQLAlchemy",
-        "benchmarks.web.starlette_views:application",
-        ("starlette", "sqlalchemy", "asyncpg"),
-    ),
-    Contestant(
-        "fastapi",
-        "FastAPI, SQLAlchemy",
-        "benchmarks.web.fastapi_views:application",
-        ("fastapi", "sqlalchemy", "asyncpg"),
-    ),
-)
+def missing(name: str) -> str | None:
+    """Why an application cannot be served here; None when it can."""
+    needs = APPLICATIONS[name].needs
+    absent = [module for module in needs if importlib.util.find_spec(module) is None]
+    return f"not installed: {', '.join(absent)}" if absent else None
 
 
 @contextmanager
-def serve(contestant: Contestant, loop: str) -> Iterator[int]:
+def serve(name: str, loop: str) -> Iterator[int]:
     """uvicorn with one worker in a process of its own; gives its port.
 
     Raises:
         RuntimeError: it does not answer, or not what it must; with what it has printed.
     """
     port = _free_port()
-    command = [sys.executable, "-m", "uvicorn", contestant.application, "--port", str(port)]
+    command = [sys.executable, "-m", "uvicorn", APPLICATIONS[name].place, "--port", str(port)]
     command += ["--loop", loop, "--no-access-log", "--log-level", "warning"]
     environ = os.environ | {
         "DJANGO_SETTINGS_MODULE": "benchmarks.web.settings",
-        "BENCHMARKS_SERVED": contestant.name,
+        "BENCHMARKS_SERVED": name,
         "BENCHMARKS_URL": url("postgresql+asyncpg"),
     }
     with tempfile.TemporaryFile() as log:
@@ -115,7 +84,7 @@ def _wait_for(process: subprocess.Popen[bytes], port: int) -> None:
 
 
 def measure(
-    group: Sequence[Contestant],
+    group: Sequence[str],
     rounds: int,
     seconds: float,
     loop: str,
@@ -125,13 +94,13 @@ def measure(
     series = {work: Series(work, CONNECTIONS) for work in bodies.PATHS}
     with ExitStack() as servers:
         ports: dict[str, int] = {}
-        for contestant in group:
+        for name in group:
             try:
-                ports[contestant.name] = servers.enter_context(serve(contestant, loop))
+                ports[name] = servers.enter_context(serve(name, loop))
             except RuntimeError as error:
-                say(f"  {contestant.name}: {error}")
+                say(f"  {name}: {error}")
                 for found in series.values():
-                    found.absent[contestant.name] = str(error)
+                    found.absent[name] = str(error)
         for turn in range(rounds + 1):
             say(f"HTTP, round {turn} of {rounds}")
             for work, path in bodies.PATHS.items():
