@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import importlib.util
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from benchmarks.works import WORKS
 SECTIONS = ("postgresql", "http", "memory", "mariadb", "sqlite")
 QUICK_SECTIONS = ("postgresql", "http", "mariadb", "sqlite")
 ROUNDS, QUICK_ROUNDS = 5, 2
+# uvloop is not made for Windows.
+LOOP = "uvloop" if importlib.util.find_spec("uvloop") else "asyncio"
 QUICK_SHARE = 0.05
 
 
@@ -104,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--rounds", type=_positive, help=f"{ROUNDS}, besides one to warm up")
     parser.add_argument("--quick", action="store_true", help="ends in a minute; says little")
-    parser.add_argument("--loop", choices=("uvloop", "asyncio"), default="uvloop")
+    parser.add_argument("--loop", choices=("uvloop", "asyncio"), default=LOOP)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was measured")
     parser.add_argument("--plots", type=Path, metavar="DIR", help="write plots as SVG")
     parser.add_argument("--check", action="store_true", help="exit with 1 where a bar is missed")
@@ -118,7 +121,7 @@ def _positive(text: str) -> int:
     return number
 
 
-def _one_of(names: Sequence[str]) -> object:
+def _one_of(names: Sequence[str]) -> Callable[[str], str]:
     def section(text: str) -> str:
         if text not in names:
             raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(names)}")

@@ -60,9 +60,11 @@ def _bars(axis: Any, section: Section, work: str) -> None:
     shown = []
     for name, title in reversed(section.titles.items()):
         found = figures.get(name)
-        value = section.ratio(work, name) if section.unit else found and found.median
+        value = section.ratio(work, name)
+        if not section.unit and found is not None:
+            value = found.median
         if value is not None:
-            shown.append((name, title, value, found and found.ratio))
+            shown.append((name, title, value, found.ratio if found else None))
     values = [value for _, _, value, _ in shown]
     colors = [COLORS[name in OURS] for name, *_ in shown]
     axis.barh([title for _, title, _, _ in shown], values, color=colors)

@@ -157,7 +157,7 @@ def in_loop(loop: str, main: Coroutine[Any, Any, T]) -> T:
 
 def about(options: Options) -> dict[str, Any]:
     """What was run, where and with which versions."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
             versions[package] = version(package)

@@ -10,6 +10,8 @@ from typing import Any
 from tests import servers
 
 POOL = 10
+# Seconds to wait for a connection, in every pool that asks.
+TIMEOUT = 60
 
 SECRET_KEY = "only for benchmarks"
 USE_TZ = True
@@ -33,7 +35,7 @@ DATABASES: dict[str, dict[str, Any]] = {
     # Django's own async ORM, with the pool that Django has for PostgreSQL.
     "threads": {
         **_postgresql,
-        "OPTIONS": {"pool": {"min_size": POOL, "max_size": POOL, "timeout": 60}},
+        "OPTIONS": {"pool": {"min_size": POOL, "max_size": POOL, "timeout": TIMEOUT}},
     },
     "sqlite": {"ENGINE": "django.db.backends.sqlite3", "NAME": SQLITE},
 }
@@ -46,10 +48,12 @@ if importlib.util.find_spec("django_async_backend"):
     DATABASES["backend"] = {
         **_postgresql,
         "ENGINE": "django_async_backend.db.backends.postgresql",
-        "OPTIONS": {"pool": {"min_size": POOL, "max_size": POOL, "timeout": 60}},
+        "OPTIONS": {"pool": {"min_size": POOL, "max_size": POOL, "timeout": TIMEOUT}},
     }
 
 ASYNC_SESSION = {
-    "POOLS": {alias: {"min_size": POOL, "max_size": POOL} for alias in ("default", "mysql")}
-    | {"sqlite": {"max_size": POOL}},
+    "POOLS": {
+        alias: {"min_size": POOL, "max_size": POOL, "timeout": TIMEOUT}
+        for alias in ("default", "mysql", "sqlite")
+    },
 }

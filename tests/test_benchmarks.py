@@ -8,7 +8,7 @@ import io
 import json
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -45,11 +45,11 @@ def test_twice_and_half_have_the_mean_one() -> None:
         figures.geometric_mean([])
 
 
-def section(**times: list[float]) -> Section:
-    """A section of two works, in which every competitor did both in these times."""
-    measured = [Series(work, 20, times=dict(times)) for work in ("get", "count")]
+def section(done: Iterable[str] = ("get", "count"), **times: list[float]) -> Section:
+    """A section of these works, in which every competitor did each in these times."""
+    measured = [Series(work, 20, times=dict(times)) for work in done]
     titles = {name: f"the {name}" for name in times}
-    named = {work: WORKS[work].title for work in ("get", "count")}
+    named = {work: WORKS[work].title for work in done}
     (found,) = results.sections_of("postgresql", "psycopg", titles, named, measured)
     return found
 
@@ -75,14 +75,20 @@ def test_a_bar_is_held_missed_or_not_measured() -> None:
         Bar("session", "get", 0.5),
         Bar("session", "get", 0.49),
         Bar("session", "get", 0.51, is_least=True),
-        Bar("session", MEAN, 0.6),
         Bar("session", "filter", 1.0),
         Bar("session", "get", 1.0, tasks=200),
         Bar("session", "get", 1.0, section="http"),
     ]
     missing = [Verdict.NOT_MEASURED] * 3
-    wanted = [Verdict.HELD, Verdict.MISSED, Verdict.MISSED, Verdict.HELD, *missing]
+    wanted = [Verdict.HELD, Verdict.MISSED, Verdict.MISSED, *missing]
     assert [result.verdict for result in bars.judge([found], asked)] == wanted
+
+
+def test_the_bar_of_the_mean_is_judged_when_all_works_were_done() -> None:
+    asked = [Bar("session", MEAN, 0.6)]
+    (some,) = bars.judge([section(psycopg=[10, 10], session=[5, 5])], asked)
+    (every,) = bars.judge([section(WORKS, psycopg=[10, 10], session=[5, 5])], asked)
+    assert (some.verdict, every.verdict) == (Verdict.NOT_MEASURED, Verdict.HELD)
 
 
 def test_every_work_of_the_package_has_a_bar_and_every_bar_a_work() -> None:

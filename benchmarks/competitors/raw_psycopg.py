@@ -12,7 +12,7 @@ from benchmarks import rows
 from benchmarks.competitors.base import Client, Competitor
 from benchmarks.competitors.texts import PSYCOPG as SQL
 from benchmarks.database import url
-from benchmarks.settings import POOL
+from benchmarks.settings import POOL, TIMEOUT
 
 
 class RawPsycopg(Competitor):
@@ -28,7 +28,7 @@ class RawPsycopg(Competitor):
 
         options = {"autocommit": True, "prepare_threshold": 0}
         self.connections: AsyncConnectionPool[Any] = AsyncConnectionPool(
-            url(), min_size=POOL, max_size=POOL, timeout=60, kwargs=options, open=False
+            url(), min_size=POOL, max_size=POOL, timeout=TIMEOUT, kwargs=options, open=False
         )
         await self.connections.open(wait=True)
 

@@ -12,7 +12,7 @@ from benchmarks import rows
 from benchmarks.competitors.base import Client, Competitor
 from benchmarks.competitors.texts import PSYCOPG as SQL
 from benchmarks.database import url
-from benchmarks.settings import POOL
+from benchmarks.settings import POOL, TIMEOUT
 
 
 class SQLAlchemyAsyncpg(Competitor):
@@ -31,7 +31,7 @@ class SQLAlchemyAsyncpg(Competitor):
     async def open(self) -> None:
         from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 
-        options = {"pool_size": POOL, "max_overflow": 0, "pool_timeout": 60}
+        options = {"pool_size": POOL, "max_overflow": 0, "pool_timeout": TIMEOUT}
         self.engine = create_async_engine(self.url(), **options)
         self.sessions = async_sessionmaker(self.engine, expire_on_commit=False)
 

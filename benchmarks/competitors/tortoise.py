@@ -94,7 +94,7 @@ class TortoiseClient(Client):
     async def transaction(self, number: int) -> Any:
         async with self.in_transaction():
             book = await self.Book.get(id=rows.book_key(number))
-            author = await self.Author.get(id=book.author_id)  # type: ignore[attr-defined]
+            author = await self.Author.get(id=book.author_id)
             draft = await self.Draft.create(**rows.draft(number))
             await self.Draft.filter(id=draft.id).update(pages=number + 1)
             return book, author, await self.Draft.get(id=draft.id)

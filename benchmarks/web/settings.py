@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from benchmarks.settings import *  # noqa: F403
 from benchmarks.settings import ASYNC_SESSION as _POOLS
@@ -21,7 +22,7 @@ ROOT_URLCONF = "benchmarks.web.django_views"
 MIDDLEWARE = _USUAL if _SERVED.endswith("_usual") else []
 # One transaction for each request, with a pool of ten; Django's own ORM has Django's pool of ten.
 DATABASES = {"default": _DATABASES["default" if _IS_OURS else "threads"]}
-ASYNC_SESSION = {"POOLS": {"default": _POOLS["POOLS"]["default"]}}
+ASYNC_SESSION: dict[str, Any] = {"POOLS": {"default": _POOLS["POOLS"]["default"]}}
 if _IS_OURS:
     MIDDLEWARE = ["django_asyncsession.middleware.AsyncSessionMiddleware", *MIDDLEWARE]
     ASYNC_SESSION["NATIVE_ORM"] = _SERVED != "session"
