@@ -12,6 +12,8 @@ from benchmarks import rows
 
 # The client is measured and not the disk: the same for all.
 SETTINGS = ("synchronous_commit = off", "jit = off")
+# Connections that are left for others who use the server.
+SPARE = 5
 DRAFTS = sql.SQL(
     "INSERT INTO benchmarks_draft (title, pages, price, published) "
     "SELECT 'Draft ' || n, n, (100 + n %% 9900) / 100.0, DATE '2020-01-01' + n %% 365 "
@@ -95,14 +97,14 @@ class Database:
         return int(found[0]), int(found[1])
 
     def room(self) -> int:
-        """How many further connections the server takes now."""
+        """How many further connections the server takes now, without the last ones."""
         row = self.connection.execute(
             "SELECT current_setting('max_connections')::int "
             "- current_setting('superuser_reserved_connections')::int "
             "- (SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend')"
         ).fetchone()
         assert row is not None
-        return int(row[0])
+        return int(row[0]) - SPARE
 
     def version(self) -> str:
         """The server's version, such as "15.8"."""

@@ -31,6 +31,7 @@ class Options:
         applications: names, of HTTP.
         works: names, of PostgreSQL.
         tasks: numbers of tasks at the same time, of PostgreSQL.
+        connections: to PostgreSQL, at most, besides one.
         plan: rounds, and how much is done in each.
         loop: "uvloop" or "asyncio".
         seconds: how long one turn of HTTP takes.
@@ -44,6 +45,7 @@ class Options:
     applications: tuple[str, ...]
     works: tuple[str, ...]
     tasks: tuple[int, ...]
+    connections: int
     plan: Plan
     loop: str
     seconds: float
@@ -65,6 +67,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
         applications=tuple(n for n in APPLICATIONS if n in (given.applications or APPLICATIONS)),
         works=tuple(given.works or WORKS),
         tasks=tuple(given.tasks),
+        connections=given.connections,
         plan=Plan(rounds, QUICK_SHARE if given.quick else 1.0),
         loop=given.loop,
         seconds=0.25 if given.quick else 1.0,
@@ -104,6 +107,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--tasks", nargs="+", type=_positive, default=[20], metavar="N", help="at the same time; 20"
+    )
+    parser.add_argument(
+        "--connections",
+        type=_positive,
+        default=200,
+        metavar="N",
+        help="to PostgreSQL, at most; competitors are compared in groups that need no more",
     )
     parser.add_argument("--rounds", type=_positive, help=f"{ROUNDS}, besides one to warm up")
     parser.add_argument("--quick", action="store_true", help="ends in a minute; says little")

@@ -84,6 +84,7 @@ def _caption(section: Section, about: Mapping[str, Any]) -> str:
     what = "connections" if section.name == "http" else "tasks"
     better = "more is better" if section.is_speed else "less is better"
     unit = f"ratio to {section.titles[section.unit]}" if section.unit else "as measured"
-    where = f"Python {about['python']}, {about['loop']}, {about['machine']}"
+    whose = f"{section.server}, " if section.server else ""
+    where = f"{whose}Python {about['python']}, {about['loop']}, {about['machine']}"
     size = f"{section.tasks} {what}, pool of {about['pool']}"
     return f"{section.name}: {unit}, {better}; {size}; {where}"

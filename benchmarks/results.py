@@ -38,6 +38,7 @@ class Section:
         name: "postgresql", "mariadb", "sqlite", "http", "memory".
         tasks: at the same time; of HTTP, connections.
         unit: the competitor that ratios refer to.
+        server: the database, and its version where that is known.
         is_speed: more is better, as with requests per second.
         titles: of the competitors, in the order of the table.
         works: titles of the works, in the order of the table.
@@ -50,6 +51,7 @@ class Section:
     unit: str
     titles: dict[str, str]
     works: dict[str, str]
+    server: str = ""
     is_speed: bool = False
     unit_of_measure: str = "µs"
     figures: dict[str, dict[str, Figure]] = field(default_factory=dict)

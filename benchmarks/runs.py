@@ -50,7 +50,9 @@ def run(options: Options, say: Say) -> Iterator[Section]:
         with Database() as database:
             for name in options.sections:
                 if name in ON_POSTGRESQL:
-                    yield from ON_POSTGRESQL[name](options, database, say)
+                    for section in ON_POSTGRESQL[name](options, database, say):
+                        section.server = f"PostgreSQL {database.version()}"
+                        yield section
     for name in options.sections:
         if name in ELSEWHERE:
             yield from _elsewhere(name, options, say)
@@ -75,7 +77,7 @@ def _measure(
     """The competitors in as many groups as the server has room for; their titles."""
     absent = {name: why for name, kind in chosen.items() if (why := kind.missing())}
     present = [kind for name, kind in chosen.items() if name not in absent]
-    room = database.room() if database else POOL * len(present)
+    room = min(database.room(), options.connections) if database else POOL * len(present)
     measured = []
     groups = list(rounds.groups([kind.pool for kind in present], room, POOL))
     for group in groups:
@@ -108,7 +110,8 @@ def _http(options: Options, database: Database, say: Say) -> Iterator[Section]:
     absent = {name: why for name in options.applications if (why := served.missing(name))}
     chosen = [name for name in options.applications if name not in absent]
     measured = []
-    for group in rounds.groups(chosen, database.room(), POOL):
+    room = min(database.room(), options.connections)
+    for group in rounds.groups(chosen, room, POOL):
         here = [chosen[place] for place in group]
         measured += served.measure(here, options.plan.rounds, options.seconds, options.loop, say)
     titles = {name: APPLICATIONS[name].title for name in options.applications}

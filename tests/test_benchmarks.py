@@ -308,6 +308,8 @@ def run(folder: Path, *arguments: str) -> list[dict[str, Any]]:
     """The sections of a quick run of one round."""
     command = [sys.executable, "-W", "error", "-m", "benchmarks", *arguments]
     command += ["--quick", "--rounds", "1", "--json", str(folder / "run.json")]
+    # Of a server that other tests use as well.
+    command += ["--connections", "30"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=110)
     assert done.returncode == 0, done.stdout + done.stderr
     found: list[dict[str, Any]] = json.loads((folder / "run.json").read_text())["sections"]
