@@ -10,7 +10,7 @@ from rich.console import Console
 
 from benchmarks import options
 
-WIDTH = 160
+WIDTH = 180
 
 
 def main() -> int:
