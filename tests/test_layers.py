@@ -29,7 +29,7 @@ LAYERS = [
     {"interface"},
     {"native"},
     {"scope", "testing"},
-    {"middleware", "decorators", "consumers", "views", "management"},
+    {"middleware", "decorators", "consumers", "views", "asgi", "management"},
     {"activation"},
     {"checks", "apps", "pytest_plugin"},
 ]
