@@ -18,6 +18,8 @@ django.setup()
 from django.conf import settings  # noqa: E402
 from django.core.handlers.asgi import ASGIHandler  # noqa: E402
 
+from django_asyncsession.asgi import get_asgi_application  # noqa: E402
+
 settings.ROOT_URLCONF = __name__
 settings.ALLOWED_HOSTS = ["*"]
 settings.ASYNC_SESSION = {
@@ -68,6 +70,7 @@ urlpatterns = [
     path("alive", alive),
 ]
 django_application = ASGIHandler()
+own_application = get_asgi_application()
 
 
 async def application(scope: Any, receive: Any, send: Any) -> None:

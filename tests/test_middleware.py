@@ -27,6 +27,7 @@ from django.test import AsyncClient, Client, RequestFactory, override_settings
 from django.urls import path
 
 from django_asyncsession import Session, SyncContextError, databases
+from django_asyncsession.asgi import ThreadlessHandler
 from django_asyncsession.interface import DatabaseInterface
 from tests.models import User
 from tests.sessions import slow as slow_sql
@@ -446,6 +447,8 @@ async def test_a_response_that_is_dropped_ends_its_session_without_the_garbage_c
 class Connection:
     """An ASGI server's side of one request, whose client can go away."""
 
+    handler: type[ASGIHandler] = ASGIHandler
+
     def __init__(self, path: str, leave_after: int | None = None, *, says_so: bool = True) -> None:
         self.gone = asyncio.Event()
         self.sent: list[dict[str, Any]] = []
@@ -462,7 +465,7 @@ class Connection:
 
     async def run(self) -> None:
         async with asyncio.timeout(10):
-            await ASGIHandler()(self._scope, self._receive, self._send)
+            await self.handler()(self._scope, self._receive, self._send)
 
     async def _receive(self) -> dict[str, Any]:
         if not self._received:
@@ -483,6 +486,12 @@ class Connection:
         return b"".join(message.get("body", b"") for message in self.sent)
 
 
+@pytest.fixture(params=[ASGIHandler, ThreadlessHandler], ids=["Django's handler", "ours"])
+def each_handler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Connection, "handler", request.param)
+
+
+@pytest.mark.usefixtures("each_handler")
 async def test_a_client_that_leaves_in_mid_query_rolls_back(
     real_database: DatabaseInterface, saved: Any
 ) -> None:
@@ -499,6 +508,7 @@ async def test_a_client_that_leaves_in_mid_query_rolls_back(
     assert await busy(real_database) == 0
 
 
+@pytest.mark.usefixtures("each_handler")
 async def test_a_client_that_leaves_while_the_body_is_sent_leaves_it_committed(
     real_database: DatabaseInterface, saved: Any
 ) -> None:
@@ -508,6 +518,7 @@ async def test_a_client_that_leaves_while_the_body_is_sent_leaves_it_committed(
     assert await saved() == ["added"]
 
 
+@pytest.mark.usefixtures("each_handler")
 async def test_a_client_that_leaves_a_stream_rolls_back(
     real_database: DatabaseInterface, saved: Any
 ) -> None:
@@ -520,14 +531,24 @@ async def test_a_client_that_leaves_a_stream_rolls_back(
     assert await saved() == []
 
 
-@pytest.mark.skipif(
+VIEW_RUNS_ON = pytest.mark.skipif(
     django.VERSION < (6, 1),
     reason="Django before 6.1 lets the view run on when the server cancels its task",
 )
+
+
+@pytest.mark.parametrize(
+    "handler", [pytest.param(ASGIHandler, marks=VIEW_RUNS_ON), ThreadlessHandler]
+)
 @pytest.mark.parametrize("url", ["/slow/", "/stream/"])
 async def test_a_server_that_cancels_the_request_leaves_nothing_behind(
-    real_database: DatabaseInterface, url: str, saved: Any
+    real_database: DatabaseInterface,
+    handler: type[ASGIHandler],
+    url: str,
+    saved: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(Connection, "handler", handler)
     Stream.rows = 100_000
     connection = Connection(url, leave_after=3, says_so=False)
     task = asyncio.create_task(connection.run())

@@ -31,6 +31,7 @@ from django.views import View
 from django.views.decorators.csrf import csrf_exempt
 
 from django_asyncsession import databases, keep_thread
+from django_asyncsession.asgi import ThreadlessHandler
 from tests.models import User
 
 MIDDLEWARE = [
@@ -144,8 +145,17 @@ def sync_only(get_response: Any) -> Any:
     return middleware
 
 
-@pytest.fixture(autouse=True)
-def shared() -> Iterator[None]:
+class Served:
+    """By what the project is served."""
+
+    handler: type[ASGIHandler]
+
+
+@pytest.fixture(
+    autouse=True, params=[ASGIHandler, ThreadlessHandler], ids=["Django's handler", "ours"]
+)
+def shared(request: pytest.FixtureRequest) -> Iterator[None]:
+    Served.handler = request.param
     with override_settings(
         ROOT_URLCONF=__name__,
         MIDDLEWARE=MIDDLEWARE,
@@ -173,7 +183,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 async def visitor(**settings: Any) -> AsyncIterator[httpx.AsyncClient]:
     """A browser of the project's ASGI application, served with these further settings."""
     with override_settings(**settings):
-        transport = httpx.ASGITransport(ASGIHandler(), raise_app_exceptions=False)
+        transport = httpx.ASGITransport(Served.handler(), raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             yield client
     await databases.close_all()

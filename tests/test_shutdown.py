@@ -80,6 +80,7 @@ LIFESPANS = {
     "off": ("application", "off"),
     "not answered": ("application", "auto"),
     "on": ("with_lifespan", "on"),
+    "ours": ("own_application", "on"),
 }
 
 

@@ -484,7 +484,7 @@ async def served(application: str) -> AsyncIterator[tuple[str, subprocess.Popen[
         "DEBUG": "0",
     }
     command = [sys.executable, "-m", "uvicorn", "testproject.asgi:application"]
-    options = ["--port", str(port), "--lifespan", "off", "--log-level", "warning"]
+    options = ["--port", str(port), "--lifespan", "on", "--log-level", "warning"]
     process = subprocess.Popen([*command, *options], env=env)
     try:
         await answers(port, process)
