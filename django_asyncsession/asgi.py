@@ -9,6 +9,7 @@ thread. So where nobody else listens, and the request has used no thread, there 
 from __future__ import annotations
 
 import asyncio
+import enum
 import io
 import logging
 import weakref
@@ -106,7 +107,9 @@ class ThreadlessHandler(ASGIHandler):
         except RequestAborted:
             return
         if not isinstance(body_file, io.BytesIO):
-            _tell(scope, "body", "it is in several messages, or too large to be kept in memory")
+            _tell(
+                scope, Reason.BODY, "it is in several messages, or too large to be kept in memory"
+            )
         with closing(body_file):
             set_script_prefix(get_script_prefix(scope))
             why = _why_thread(None) or _why_signal(request_started, self.sender)
@@ -283,19 +286,36 @@ def _close(response: Any) -> None:
     response.closed = True
 
 
-# Why a step takes Django's way: a name and details, or None when it need not.
+class Reason(enum.StrEnum):
+    """Why a step of a request takes Django's way."""
 
-Why = tuple[str, str] | None
+    # Sync code has a thread, where connections may be open.
+    THREAD = "thread"
+    # Somebody else than Django receives the signal.
+    RECEIVER = "receiver"
+    # The response has something to close that may wait.
+    CLOSER = "closer"
+    FILES = "files"
+    # Its class has a `close()` of its own.
+    RESPONSE = "response"
+    # The request has used a cache that has something to close.
+    CACHE = "cache"
+    # It is not in one message that can be kept in memory.
+    BODY = "body"
 
 
-def _tell(scope: Any, reason: str, details: str) -> None:
+# With details; None when the step need not.
+Why = tuple[Reason, str] | None
+
+
+def _tell(scope: Any, reason: Reason, details: str) -> None:
     logger.debug(
         "%s %s takes Django's way (%s): %s",
         scope["method"],
         scope["path"],
-        reason,
+        reason.value,
         details,
-        extra={"reason": reason},
+        extra={"reason": reason.value},
     )
 
 
@@ -303,11 +323,11 @@ def _why_signal(signal: Signal, sender: type | None) -> Why:
     """Because somebody receives the signal, or of something that Django's receivers clean up."""
     receivers = _Receivers.of(signal, sender)
     if receivers.other is not None:
-        return "receiver", receivers.other
+        return Reason.RECEIVER, receivers.other
     if receivers.closes_caches:
         for cache in caches.all(initialized_only=True):
             if getattr(cache.close, "__func__", None) is not BaseCache.close:
-                return "cache", f"{_name(type(cache))} is closed"
+                return Reason.CACHE, f"{_name(type(cache))} is closed"
     return None
 
 
@@ -315,28 +335,28 @@ def _why_thread(request: HttpRequest | None) -> Why:
     """Because sync code has a thread, where connections may be open: one of the request, or of
     whoever runs it."""
     if getattr(AsyncToSync.executors, "current", None) is not None:
-        return "thread", "sync code runs it, with async_to_sync()"
+        return Reason.THREAD, "sync code runs it, with async_to_sync()"
     context = SyncToAsync.thread_sensitive_context.get(None)
     # Without a context there is one thread for all.
     if context is not None and context not in SyncToAsync.context_to_thread_executor:
         return None
     if request is None:
-        return "thread", "it runs in a context that has one"
+        return Reason.THREAD, "it runs in a context that has one"
     users = _sync_code(request) if logger.isEnabledFor(logging.DEBUG) else ()
-    return "thread", f"used by {', '.join(users) or 'sync_to_async() in its code'}"
+    return Reason.THREAD, f"used by {', '.join(users) or 'sync_to_async() in its code'}"
 
 
 def _why_response(response: Any) -> Why:
     """Because something that waits may be done when the response is closed."""
     if getattr(response.close, "__func__", None) is not _response_close:
-        return "response", f"{_name(type(response))} has a close() of its own"
+        return Reason.RESPONSE, f"{_name(type(response))} has a close() of its own"
     for closer in response._resource_closers:
         function, owner = getattr(closer, "__func__", None), getattr(closer, "__self__", None)
         if function is _request_close:
             if getattr(owner, "_files", None):
-                return "files", "uploaded files are closed"
+                return Reason.FILES, "uploaded files are closed"
         elif function is not StreamedBody.close:
-            return "closer", f"{_name(closer)} is called"
+            return Reason.CLOSER, f"{_name(closer)} is called"
     return None
 
 

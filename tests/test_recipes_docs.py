@@ -30,7 +30,7 @@ def test_what_the_code_imports_exists(number: int) -> None:
 
 async def test_the_application_with_lifespan_events_works(empty_tables: None) -> None:
     """It answers requests, and closes the pools when the server stops."""
-    (source,) = (dedent(block) for block in BLOCKS if "lifespan.startup" in block)
+    (source,) = (dedent(block) for block in BLOCKS if "get_asgi_application" in block)
     names: dict[str, Any] = {}
     exec(source, names)
     server = ApplicationCommunicator(names["application"], {"type": "lifespan"})
