@@ -208,7 +208,9 @@ class _Client:
         if self._listening is not None and not self._listening.done():
             self._listening.cancel()
             await asyncio.wait([self._listening])
-        if self._found is None:
+        # Its traceback refers to this object.
+        found, self._found = self._found, None
+        if found is None:
             return False
         # Also when the block has caught the cancellation: it must not reach who comes after.
         by_us_only = self._task.uncancel() <= self._cancelled_before
@@ -216,8 +218,8 @@ class _Client:
             return False
         if exc is not None and not isinstance(exc, asyncio.CancelledError):
             return False
-        if not isinstance(self._found, RequestAborted):
-            raise self._found
+        if not isinstance(found, RequestAborted):
+            raise found
         return True
 
 
@@ -343,7 +345,8 @@ def _why_thread(request: HttpRequest | None) -> Why:
     if request is None:
         return Reason.THREAD, "it runs in a context that has one"
     users = _sync_code(request) if logger.isEnabledFor(logging.DEBUG) else ()
-    return Reason.THREAD, f"used by {', '.join(users) or 'sync_to_async() in its code'}"
+    others = "sync_to_async() in its code or a receiver"
+    return Reason.THREAD, f"used by {' or '.join(users) or others}"
 
 
 def _why_response(response: Any) -> Why:

@@ -395,6 +395,10 @@ async def test_2000_requests_leave_nothing_behind() -> None:
         for _ in range(times):
             for _, url, more in requests:
                 await answer(application, url, **more)
+        leaving = Exchange(application, "/wait/")
+        await Seen.started.wait()
+        leaving.leave()
+        assert await leaving.end() == []
         Seen.events.clear()
         gc.collect()
 
@@ -413,7 +417,7 @@ async def test_2000_requests_leave_nothing_behind() -> None:
     ("url", "reason"),
     [
         ("/sync/", "(thread): used by sync view tests.test_asgi.sync"),
-        ("/uses_thread/", "(thread): used by sync_to_async() in its code"),
+        ("/uses_thread/", "(thread): used by sync_to_async() in its code or a receiver"),
         ("/closers/", "(closer): tests.test_asgi.closers.<locals>.fail is called"),
         ("/own_close/", "(response): tests.test_asgi.OwnClose has a close() of its own"),
     ],
