@@ -414,12 +414,7 @@ class _Receivers:
         # in it, which this class is not. Whoever sets aside the receivers for a while changes the
         # list only.
         known = signal.sender_receivers_cache.get(_Receivers)
-        if (
-            known is None
-            or signal._dead_receivers
-            or known.listed is not signal.receivers
-            or known.count != len(signal.receivers)
-        ):
+        if known is None or signal._dead_receivers or known.listed is not signal.receivers:
             known = cls._begin(signal)
         found: _Receivers | None = known.by_sender.get(sender)
         if found is None:
@@ -438,7 +433,7 @@ class _Known:
     """What is known of a signal as long as its receivers stay the same."""
 
     def __init__(self, listed: list[Any]) -> None:
-        self.listed, self.count, self.copy = listed, len(listed), listed.copy()
+        self.listed, self.copy = listed, listed.copy()
         self.by_sender: dict[type | None, _Receivers] = {}
 
 

@@ -19,7 +19,7 @@ from asgiref.sync import ThreadSensitiveContext, async_to_sync, sync_to_async
 from asgiref.testing import ApplicationCommunicator
 from django.core.cache import cache
 from django.core.cache.backends.locmem import LocMemCache
-from django.core.exceptions import RequestDataTooBig
+from django.core.exceptions import RequestAborted, RequestDataTooBig
 from django.core.handlers.asgi import ASGIHandler, ASGIRequest
 from django.core.handlers.wsgi import WSGIHandler
 from django.core.signals import request_finished, request_started
@@ -238,9 +238,17 @@ class Exchange:
             self.say("http.request", body=part, more_body=number < len(body))
         self.sent: list[Any] = []
         self.received = 0
+        # How often the application receives at the moment, and did when it returned.
+        self.receiving, self.left = 0, 0
         self.task: asyncio.Task[None] = asyncio.get_running_loop().create_task(
-            application(self.scope, self.receive, self.send), context=contextvars.Context()
+            self.run(application), context=contextvars.Context()
         )
+
+    async def run(self, application: Any) -> None:
+        try:
+            await application(self.scope, self.receive, self.send)
+        finally:
+            self.left = self.receiving
 
     def say(self, kind: str, **more: Any) -> None:
         self.incoming.put_nowait({"type": kind, **more})
@@ -250,7 +258,11 @@ class Exchange:
 
     async def receive(self) -> Any:
         self.received += 1
-        return await self.incoming.get()
+        self.receiving += 1
+        try:
+            return await self.incoming.get()
+        finally:
+            self.receiving -= 1
 
     async def send(self, message: Any) -> None:
         self.sent.append(message)
@@ -383,7 +395,11 @@ async def test_a_body_in_memory_is_no_temporary_file(monkeypatch: pytest.MonkeyP
             assert text(await answer(application, "/echo/", (body,))) == body
     with override_settings(FILE_UPLOAD_MAX_MEMORY_SIZE=0):
         await answer(application, "/echo/", (b"12345",))
-    assert [isinstance(file, io.BytesIO) for file in files] == [True, False, True]
+    gone = Exchange(application, "/wait/")
+    await Seen.started.wait()
+    gone.leave()
+    await gone.end()
+    assert [isinstance(file, io.BytesIO) for file in files] == [True, False, True, True]
     assert all(file.closed for file in files)
 
 
@@ -753,6 +769,7 @@ async def test_only_requests_that_last_listen(monkeypatch: pytest.MonkeyPatch) -
     Seen.release.set()
     assert text(await slow.end()) == b"waited"
     assert (quick.received, slow.received) == (1, 2)
+    assert slow.left == 0, "it still receives when the request has ended"
     assert asyncio.all_tasks() == {asyncio.current_task()}
 
 
@@ -793,6 +810,41 @@ async def test_an_error_while_the_answer_is_sent_reaches_the_server_and_closes_t
     once = ["first closer", "second closer"]
     started, finished = ("started", ASGIHandler, "/closers/"), ("finished", ASGIHandler)
     assert Seen.events == [*once, started, *once, finished]
+
+
+async def test_an_error_of_a_send_that_is_cancelled_reaches_the_server() -> None:
+    class Gone(Exchange):
+        async def send(self, message: Any) -> None:
+            Seen.started.set()
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError as exc:
+                raise OSError("the client is gone") from exc
+
+    exchange = Gone(ThreadlessHandler(), "/plain/")
+    await Seen.started.wait()
+    exchange.leave()
+    with pytest.raises(OSError, match="the client is gone"):
+        await exchange.end()
+    assert exchange.task.cancelling() == 0
+
+
+async def test_a_listener_that_ends_late_cancels_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Late(ThreadlessHandler):
+        async def listen_for_disconnect(self, receive: Any) -> None:
+            try:
+                await super().listen_for_disconnect(receive)
+            finally:
+                raise RequestAborted
+
+    monkeypatch.setattr(asgi, "LISTEN_AFTER", 0)
+    exchange = Exchange(Late(), "/wait/")
+    assert await soon(lambda: exchange.received == 2)
+    Seen.release.set()
+    assert text(await exchange.end()) == b"waited"
+    assert exchange.task.cancelling() == 0
 
 
 async def test_an_error_at_the_end_does_not_hide_the_first(
