@@ -19,6 +19,9 @@ DEFAULTS: Final[Mapping[str, Any]] = {
     "NATIVE_MIDDLEWARE": False,
     # Seconds after which sync code of native mode that did not await is logged; None logs none.
     "LOOP_BLOCK_WARNING_SECONDS": None,
+    # True: a query whose shape was seen before runs without Django's compiler. False: never.
+    # "compare": Django's compiler runs too, and an AssertionError tells of a difference.
+    "PLANS": True,
     # Pool options by alias, with psycopg_pool's names: {"default": {"max_size": 20}}.
     "POOLS": {},
     # True: sessions put SQLite database files into WAL mode, where readers and a writer do not
@@ -35,6 +38,10 @@ DEFAULTS: Final[Mapping[str, Any]] = {
     # Seconds after which a session that still holds its connection is logged; None logs none.
     "LEAK_WARNING_SECONDS": None,
 }
+
+
+# Keys that take these values and no others.
+CHOICES: Final[Mapping[str, tuple[object, ...]]] = {"PLANS": (True, False, "compare")}
 
 
 class Settings:
@@ -76,8 +83,16 @@ def problems_of(given: object) -> Iterator[str]:
     for name, value in given.items():
         if name not in DEFAULTS:
             yield f"ASYNC_SESSION has no key {name!r}; it has {sorted(DEFAULTS)}"
+        elif name in CHOICES:
+            if not any(type(value) is type(c) and value == c for c in CHOICES[name]):
+                yield f'ASYNC_SESSION["{name}"] is {value!r}; give {_one_of(CHOICES[name])}'
         elif (wanted := _wanted(DEFAULTS[name], value)) is not None:
             yield f'ASYNC_SESSION["{name}"] is {value!r}; give {wanted}'
+
+
+def _one_of(choices: Sequence[object]) -> str:
+    *some, last = map(repr, choices)
+    return f"{', '.join(some)} or {last}"
 
 
 def _wanted(default: object, value: object) -> str | None:

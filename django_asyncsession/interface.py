@@ -25,6 +25,7 @@ from .conf import settings
 from .exceptions import ConfigurationError, UnknownAlias
 from .installed import check_installed
 from .observe import leaks
+from .plans import cache as plans
 from .pool.lease import Lease
 from .pool.options import PoolOptions, check_seconds
 from .pool.pool import COUNTERS, Pool
@@ -249,7 +250,11 @@ class DatabaseInterface:
 
     def stats(self) -> dict[str, int]:
         """Numbers of the running loop's pool, under psycopg_pool's names; all zero when there is
-        none."""
+        none. And of the plans of the alias, in all loops: `plans` that there are, `plan_hits`,
+        `plan_misses` and `plan_fallbacks`, the last also for each reason with its name behind."""
+        return {**self._pool_stats(), **plans.of(self.alias).stats()}
+
+    def _pool_stats(self) -> dict[str, int]:
         pool = self._existing_pool()
         if pool is not None:
             return pool.stats()

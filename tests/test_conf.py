@@ -18,6 +18,7 @@ from django.urls import path
 
 from django_asyncsession import DatabaseInterface, StreamTimeout, conf, databases, native
 from django_asyncsession.scope import new_session
+from tests.models import User
 
 OURS = "django_asyncsession.middleware.AsyncSessionMiddleware"
 mine = threading.local()
@@ -130,6 +131,11 @@ async def leak_warning(setting: dict[str, Any], tmp_path: Path) -> Any:
     return bool(said)
 
 
+async def plans(setting: dict[str, Any], tmp_path: Path) -> Any:
+    async with databases["sqlite"].get_session() as session:
+        return session.select(User).where(level=1).why().split(",")[0]
+
+
 Effect = Callable[[dict[str, Any], Path], Awaitable[Any]]
 # A value of each key, what shows its effect, and that without and with it.
 KEYS: dict[str, tuple[Any, Effect, Any, Any]] = {
@@ -139,6 +145,12 @@ KEYS: dict[str, tuple[Any, Effect, Any, Any]] = {
     "NATIVE_ORM": (True, native_orm, False, True),
     "NATIVE_MIDDLEWARE": (True, native_middleware, False, True),
     "LOOP_BLOCK_WARNING_SECONDS": (0.01, loop_block_warning, False, True),
+    "PLANS": (
+        False,
+        plans,
+        "Runs Django's way this time",
+        'Runs Django\'s way (off): ASYNC_SESSION["PLANS"] is False.',
+    ),
     "POOLS": ({"sqlite": {"max_size": 3}}, pools, 10, 3),
     "SQLITE_WAL": (False, sqlite_wal, "wal", "delete"),
     "THREAD_LOCALS": ([f"{__name__}.mine"], thread_locals, "of the session", "apart"),

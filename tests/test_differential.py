@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from django.db.models import Count, F, Q, QuerySet
+from django.test import override_settings
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -36,6 +37,13 @@ PLAIN = [name for name in SAMPLES if name not in ("data",)]
 ORDERED = [name for name in PLAIN if name not in ("uid", "flag")]
 
 Pair = tuple[Any, Q]
+
+
+@pytest.fixture(autouse=True, params=[True, False, "compare"], ids=["plans", "django", "compared"])
+def plans(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The same holds on plans, without them, and with each compared with Django's compiler."""
+    with override_settings(ASYNC_SESSION={"PLANS": request.param}):
+        yield
 
 
 def rows() -> Iterator[Values]:

@@ -20,7 +20,7 @@ ROOT = Path(django_asyncsession.__file__).parent
 LAYERS = [
     {"exceptions", "conf", "signals", "origins", "scanner", "shutdown"},
     {"bridge", "results", "statements", "threadlocals", "unread", "installed"},
-    {"observe", "pool"},
+    {"observe", "pool", "plans"},
     {"backends", "connections", "orm"},
     {"guards", "transactions"},
     {"parallel"},
@@ -122,7 +122,7 @@ def test_there_are_no_import_cycles_those_of_types_included() -> None:
 
 
 # Private names of Django's and of drivers that some room of ours has one of, too.
-OF_OTHERS = {"_state", "_db", "_savepoint", "_savepoint_commit", "_closed", "_names"}
+OF_OTHERS = {"_state", "_db", "_chain", "_savepoint", "_savepoint_commit", "_closed", "_names"}
 
 
 def room(name: str) -> str:

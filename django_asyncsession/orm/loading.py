@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import partial
+from typing import Any, Generic, TypeVar, cast
 
 from django.core.exceptions import ObjectDoesNotExist
 from django.db.models import (
@@ -14,7 +15,12 @@ from django.db.models import (
 from django.db.models.constants import LOOKUP_SEP
 
 from django_asyncsession.exceptions import RowNotFound
+from django_asyncsession.plans.cache import Entry
+from django_asyncsession.plans.cache import of as cache_of
+from django_asyncsession.plans.fallback import Fallback
+from django_asyncsession.plans.plan import Plan
 
+from . import planned
 from .saving import _row_not_found
 from .snapshots import _field_loaded, name_of, on, remember, snapshot_of
 
@@ -112,6 +118,99 @@ def _load_field(rows: Sequence[Model], field: Any, using: str) -> None:
             raise RowNotFound(f"{name_of(row)} is not in the database; it was deleted")
         row.__dict__[field.attname] = values[row.pk]
         _field_loaded(row, field.attname)
+
+
+class Asked(Generic[M]):
+    """One row that is asked for by its primary key: with its plan, or without.
+
+    Args:
+        model: whose row it is.
+        pk: the key.
+        using: the alias.
+    """
+
+    __slots__ = ("_alias", "_entry", "_model", "_pk", "_recording", "plan")
+
+    def __init__(self, model: type[M], pk: Any, using: str):
+        self._model: Any = model
+        self._pk, self._alias = pk, using
+        #: The plan to run; None: `run` is to be called in the bridge.
+        self.plan: Plan | None = None
+        self._recording: planned.Recording | None = None
+        self._entry: Entry | None = None
+        try:
+            self.plan = cache_of(using).by_key(model, pk)
+            if self.plan is None:
+                self._find()
+        except Fallback as fallback:
+            self.refuse(fallback)
+
+    def _find(self) -> None:
+        recording = planned.by_key(self._model, self._pk, self._alias)
+        self._entry = entry = recording.find(planned.ONE_ROW)
+        self._recording, self.plan = recording, planned.proved(entry, recording)
+        if entry is not None and self.plan is not None:
+            recording.cache.keep_by_key(self._model, type(self._pk), entry)
+
+    def refuse(self, fallback: Fallback) -> None:
+        """It has to be read Django's way."""
+        self._recording = None
+        planned.count(self._alias, fallback.reason)
+
+    def row(self, rows: Sequence[Any]) -> M | None:
+        """The row that the plan has read, or None.
+
+        Raises:
+            Fallback: there are several, which Django has an error for.
+        """
+        if not rows:
+            return None
+        if len(rows) > 1 or self.plan is None:
+            raise Fallback("several")
+        return cast(M, self.plan.build(rows, self._alias)[0])
+
+    def only_row(self, rows: Sequence[Any]) -> M:
+        """The row that the plan has read.
+
+        Raises:
+            Model.DoesNotExist: there is none.
+            Fallback: there are several, which Django has an error for.
+        """
+        return self._there(self.row(rows))
+
+    def _there(self, row: M | None) -> M:
+        if row is None:
+            name = self._model._meta.object_name
+            raise self._model.DoesNotExist(f"{name} matching query does not exist.")
+        return row
+
+    def run(self, read: Callable[[type[Model], Any, str], Any]) -> Any:
+        """Read the row with `get` or `get_one`, or with a plan that is to be proved; called in the
+        bridge."""
+        django: Callable[[], Any] = partial(read, self._model, self._pk, self._alias)
+        if (recording := self._recording) is None:
+            return django()
+
+        def finish(found: list[Any]) -> Any:
+            if len(found) > 1:
+                return django()
+            row = found[0] if found else None
+            return self._there(row) if read is get_one else row
+
+        return planned.run_here(
+            recording,
+            self._entry,
+            planned.ONE_ROW,
+            recording.queryset,
+            django,
+            _remembered,
+            finish,
+        )
+
+
+def _remembered(rows: list[Any]) -> list[Any]:
+    remember(rows)
+    return rows
 
 
 def get(model: type[M], pk: Any, using: str) -> M | None:

@@ -7,11 +7,14 @@ from collections.abc import (
     AsyncGenerator,
     AsyncIterator,
     Callable,
+    Coroutine,
     Generator,
     Iterable,
     Iterator,
+    Sequence,
 )
 from contextlib import AbstractAsyncContextManager
+from functools import partial
 from itertools import islice
 from typing import Any, Generic, Protocol, Self, TypeVar, cast
 
@@ -21,10 +24,13 @@ from django.db.models import Manager, Model, QuerySet
 from django.db.models.expressions import OrderBy
 from django.db.models.query import ModelIterable
 
+from django_asyncsession.plans.fallback import Fallback
+from django_asyncsession.plans.plan import COUNT, EXISTS, ROWS, Ending, Plan
+from django_asyncsession.plans.shapes import Step, steps
 from django_asyncsession.results import Reader, Row
 from django_asyncsession.unread import Unread
 
-from . import loading, snapshots
+from . import loading, planned, snapshots
 from .columns import Column
 from .tables import RowTable, model_of
 from .writes import path_of
@@ -33,6 +39,7 @@ logger = logging.getLogger("django_asyncsession.queries")
 
 T = TypeVar("T")
 M = TypeVar("M", bound=Model)
+V = TypeVar("V", int, bool)
 
 Source = type[M] | RowTable[M] | QuerySet[M] | Manager[M]
 
@@ -55,6 +62,10 @@ class Runner(Protocol):
 
     async def run_sync(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
         """Runs plain sync Django code on the session's connection."""
+        ...
+
+    def fetch_plan(self, plan: Plan, values: Sequence[Any]) -> Coroutine[Any, Any, list[Any]]:
+        """Runs the statement of a plan and gives its rows."""
         ...
 
     async def run_write(self, fn: Callable[..., T], /, *args: Any) -> T:
@@ -185,9 +196,14 @@ class SelectQuery(_Filtered, Generic[T]):
 
     _limit: int | None = None
     _offset: int = 0
-    # Of the QuerySet methods since the start, those that group_by may have to move behind itself.
-    _steps: tuple[tuple[str, tuple[Any, ...], dict[str, Any]], ...] = ()
+    # Of the QuerySet methods since the start, those that group_by may have to move behind itself;
+    # those that were recorded are in the recording.
+    _steps: tuple[Step, ...] = ()
     _base: QuerySet[Any] | None = None
+    # Its shape and values, of which a QuerySet is made only when somebody asks for it; without one
+    # it runs Django's way, for the reason with this name.
+    _recording: planned.Recording | None = None
+    _why = "source"
     # Whether rows come as `Row`s of these columns; empty means all that there are.
     _columns: tuple[str, ...] | None = None
     # Relations to load when the rows are there.
@@ -195,9 +211,16 @@ class SelectQuery(_Filtered, Generic[T]):
 
     def __call__(self, source: Source[M]) -> SelectQuery[M]:
         """The query on this model, row table, QuerySet or Manager."""
-        given = self._start(source)
         fresh: SelectQuery[M] = SelectQuery(self._session)
-        return fresh._with(_given=given, _base=given)
+        if isinstance(source, (QuerySet, Manager, SelectQuery)):
+            given = self._start(source)
+            return fresh._with(_given=given, _base=given)
+        model = model_of(source)
+        try:
+            return fresh._with(_recording=planned.begin(model, self._session.alias))
+        except Fallback as fallback:
+            given = self._start(model)
+            return fresh._with(_given=given, _base=given, _why=fallback.reason)
 
     def from_(self, source: Source[M]) -> SelectQuery[M]:
         """The query on this table: asyncqlio's other way to say it."""
@@ -206,9 +229,48 @@ class SelectQuery(_Filtered, Generic[T]):
     def _start(self, source: Any) -> QuerySet[Any]:
         return _source(source, self._session.alias)
 
+    @property
+    def _queryset(self) -> QuerySet[Any]:
+        if self._given is None and self._recording is not None:
+            queryset = self._start_of()
+            for method, args, kwargs in self._done:
+                queryset = getattr(queryset, method)(*args, **kwargs)
+            self._given = queryset
+        return super()._queryset
+
+    def _start_of(self) -> QuerySet[Any]:
+        """The QuerySet without any step."""
+        if self._base is None and self._recording is not None:
+            self._base = self._recording.base()
+        return cast("QuerySet[Any]", self._base)
+
     def _apply(self, method: str, *args: Any, **kwargs: Any) -> Self:
-        changed = getattr(self._queryset, method)(*args, **kwargs)
-        return self._with(_given=changed, _steps=(*self._steps, (method, args, kwargs)))
+        recording, why = self._recorded(method, args, kwargs)
+        if recording is not None and recording.is_known:
+            return self._with(_given=None, _recording=recording)
+        # Built at once, so that its errors come from this line.
+        changed = self._with(_given=getattr(self._queryset, method)(*args, **kwargs))
+        changed._base, changed._recording = self._start_of(), recording
+        if recording is None:
+            changed._steps, changed._why = (*self._done, (method, args, kwargs)), why
+        return changed
+
+    @property
+    def _done(self) -> tuple[Step, ...]:
+        """The QuerySet methods since the start."""
+        if self._recording is None:
+            return self._steps
+        return tuple(steps(self._recording.path, self._recording.slots))
+
+    def _recorded(
+        self, method: str, args: Any, kwargs: Any
+    ) -> tuple[planned.Recording | None, str]:
+        if self._recording is None:
+            return None, self._why
+        try:
+            return self._recording.then(method, args, kwargs), ""
+        except Fallback as fallback:
+            return None, fallback.reason
 
     def where(self, *conditions: Any, **lookups: Any) -> Self:
         """Only rows for which all conditions and Django lookups (`name__startswith="h"`) hold.
@@ -279,12 +341,13 @@ class SelectQuery(_Filtered, Generic[T]):
     def group_by(self, *columns: Any, **named: Any) -> SelectQuery[Row]:
         """One `Row` for each value of these columns, with the aggregates of `annotate`."""
         names, computed = _named(columns, named)
-        before, after = _split_at_annotate(self._steps)
-        steps = (*before, ("values", names, computed), *after)
-        queryset = cast("QuerySet[Any]", self._base)
-        for method, args, kwargs in steps:
+        before, after = _split_at_annotate(self._done)
+        done = (*before, ("values", names, computed), *after)
+        queryset = self._start_of()
+        for method, args, kwargs in done:
             queryset = getattr(queryset, method)(*args, **kwargs)
-        grouped = self._with(_given=queryset, _steps=steps, _columns=())
+        grouped = self._with(_given=queryset, _steps=done, _columns=(), _recording=None)
+        grouped._base, grouped._why = self._start_of(), "step"
         return cast("SelectQuery[Row]", grouped)
 
     def having(self, *conditions: Any, **lookups: Any) -> Self:
@@ -345,7 +408,7 @@ class SelectQuery(_Filtered, Generic[T]):
     def _combined(self, method: str, others: tuple[Any, ...], **options: Any) -> Self:
         querysets = [_source(other, self._session.alias) for other in others]
         combined = getattr(self.queryset, method)(*querysets, **options)
-        return self._with(_given=combined, _limit=None, _offset=0)
+        return self._with(_given=combined, _limit=None, _offset=0, _recording=None, _why="step")
 
     @property
     def queryset(self) -> QuerySet[Any]:
@@ -368,7 +431,9 @@ class SelectQuery(_Filtered, Generic[T]):
 
     def on(self, session: Runner) -> Self:
         """The same query, to be run in another session of the same database."""
-        return self._with(_session=session)
+        if session.alias == self._session.alias:
+            return self._with(_session=session)
+        return self._with(_session=session, _given=self._queryset, _recording=None)
 
     def sql(self) -> tuple[str, tuple[Any, ...]]:
         """The SQL text and its parameters, without running it.
@@ -384,9 +449,53 @@ class SelectQuery(_Filtered, Generic[T]):
         """`sql`, under asyncqlio's name."""
         return self.sql()
 
+    def why(self) -> str:
+        """Whether awaiting the query runs on a plan, and if not, why, as a sentence."""
+        return planned.why(self._recording, self._why, self._ending(ROWS, self._limit))
+
     async def run(self) -> Results[T]:
         """All rows, as awaiting the query gives them."""
-        return await self._session.run_sync(self._fetch, self.queryset)
+        ending = self._ending(ROWS, self._limit)
+        found: Results[T] = await self._planned(
+            ending, self._recording, lambda: self._queryset, lambda: self._fetch(self.queryset)
+        )
+        return found
+
+    def _ending(self, kind: str, limit: int | None) -> Ending:
+        start = self._offset
+        stop = None if limit is None else start + limit
+        return Ending(kind, start, stop, self._columns if kind == ROWS else None)
+
+    async def _planned(
+        self,
+        ending: Ending,
+        recording: planned.Recording | None,
+        queryset: Callable[[], QuerySet[Any]],
+        django: Callable[[], Any],
+    ) -> Any:
+        """Runs the query on its plan, or Django's way.
+
+        Args:
+            ending: what is asked for.
+            recording: its shape, if it has one.
+            queryset: gives what is asked.
+            django: runs it Django's way.
+        """
+        session = self._session
+        if recording is None:
+            planned.count(session.alias, self._why)
+            return await session.run_sync(django)
+        finish = Results if ending.kind == ROWS else _itself
+        try:
+            entry = recording.find(ending)
+            if (plan := planned.proved(entry, recording)) is not None:
+                rows = await session.fetch_plan(plan, recording.slots)
+                return finish(plan.build(rows, session.alias))
+        except Fallback as fallback:
+            recording.cache.count(fallback.reason)
+            return await session.run_sync(django)
+        here = (recording, entry, ending, queryset, django, self._shaped, finish)
+        return await session.run_sync(planned.run_here, *here)
 
     def __await__(self) -> Generator[Any, None, Results[T]]:
         return self.run().__await__()
@@ -421,16 +530,23 @@ class SelectQuery(_Filtered, Generic[T]):
 
     async def first(self) -> T | None:
         """The first row, by primary key where there is no order, or None; fetches one row."""
-        found = await self._session.run_sync(self._fetch_ordered, 1)
+        limit, recording = 1 if self._limit is None else min(1, self._limit), self._recording
+        if recording is not None and self._columns != () and not recording.is_ordered:
+            recording = recording.by_pk()
+        found = await self._planned(
+            self._ending(ROWS, limit), recording, self._in_order, partial(self._fetch_first, limit)
+        )
         return found[0] if found else None
 
-    def _fetch_ordered(self, limit: int) -> Results[T]:
+    def _fetch_first(self, limit: int) -> Results[T]:
+        return self._fetch(self._sliced(self._in_order(), limit))
+
+    def _in_order(self) -> QuerySet[Any]:
         queryset = self._queryset
         query = queryset.query
         if not (queryset.ordered or query.combinator or query.is_sliced or self._is_grouped):
             queryset = queryset.order_by("pk")
-        limit = limit if self._limit is None else min(limit, self._limit)
-        return self._fetch(self._sliced(queryset, limit))
+        return queryset
 
     @property
     def _is_grouped(self) -> bool:
@@ -456,7 +572,12 @@ class SelectQuery(_Filtered, Generic[T]):
             Model.MultipleObjectsReturned: there are several.
         """
         limit = 2 if self._limit is None else min(2, self._limit)
-        found = await self._session.run_sync(self._fetch, self._sliced(self._queryset, limit))
+        found = await self._planned(
+            self._ending(ROWS, limit),
+            self._recording,
+            lambda: self._queryset,
+            lambda: self._fetch(self._sliced(self._queryset, limit)),
+        )
         if len(found) > 1:
             model = self._queryset.model
             error: type[MultipleObjectsReturned] = model.MultipleObjectsReturned
@@ -474,11 +595,16 @@ class SelectQuery(_Filtered, Generic[T]):
 
     async def count(self) -> int:
         """How many rows there are."""
-        return await self._session.run_sync(self.queryset.count)
+        return await self._single(int, COUNT, lambda: self.queryset.count())
 
     async def exists(self) -> bool:
         """Whether there is a row."""
-        return await self._session.run_sync(self.queryset.exists)
+        return await self._single(bool, EXISTS, lambda: self.queryset.exists())
+
+    async def _single(self, of: type[V], kind: str, django: Callable[[], V]) -> V:
+        ending = self._ending(kind, self._limit)
+        found = await self._planned(ending, self._recording, lambda: self._queryset, django)
+        return cast(V, found)
 
     async def aggregate(self, *expressions: Any, **named: Any) -> dict[str, Any]:
         """Aggregates over all rows, by name."""
@@ -535,6 +661,10 @@ async def _close(held: Runs, iterator: Any) -> None:
     except Error as exc:
         # What ended the transaction ended the cursor, and is what the caller has to hear of.
         logger.debug("closing the cursor of a stream failed: %s", exc)
+
+
+def _itself(found: Any) -> Any:
+    return found
 
 
 def _whole(what: str, count: int | None) -> int | None:

@@ -28,6 +28,7 @@ from django.db.models import (
 
 from django_asyncsession.bridge import in_bridge
 from django_asyncsession.exceptions import NotLoadedError
+from django_asyncsession.plans.builders import Marks
 
 try:
     from django.db.models.fetch_modes import (  # type: ignore[import-not-found,unused-ignore]
@@ -97,6 +98,35 @@ class Snapshot:
         """The key that the row had."""
         return tuple(self.values.get(f.attname) for f in row._meta.pk_fields)
 
+    @classmethod
+    def loaded(cls, values: dict[str, Any]) -> Snapshot:
+        """The snapshot of a row that was loaded with these values, none of which can change in
+        place."""
+        snapshot = cls.__new__(cls)
+        snapshot.made, snapshot.undo = False, None
+        snapshot.values, snapshot.frozen = values, _NOTHING
+        return snapshot
+
+
+class Loaded:
+    """What a row was when it was loaded, in the form that costs least; it becomes a `Snapshot`
+    when somebody asks."""
+
+    __slots__ = ("names", "values")
+
+    names: tuple[str, ...]
+    values: tuple[Any, ...]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Loaded:
+        return self
+
+    def snapshot(self) -> Snapshot:
+        """The same as a `Snapshot`."""
+        return Snapshot.loaded(dict(zip(self.names, self.values, strict=True)))
+
 
 _NOTHING: Final[Mapping[str, Any]] = MappingProxyType({})
 
@@ -160,7 +190,10 @@ def on(manager: Any, using: str) -> Any:
 
 def snapshot_of(row: Model) -> Snapshot | None:
     """The row's snapshot; None when the row came from elsewhere."""
-    return cast("Snapshot | None", row._state.__dict__.get("asyncsession"))
+    found = row._state.__dict__.get("asyncsession")
+    if type(found) is Loaded:
+        found = row._state.__dict__["asyncsession"] = found.snapshot()
+    return cast("Snapshot | None", found)
 
 
 def make(model: type[M], values: Mapping[str, Any]) -> M:
@@ -362,6 +395,15 @@ class SessionFetch(FetchMode):  # type: ignore[misc,unused-ignore]
 
 
 SESSION_FETCH: Final = SessionFetch()
+
+
+#: What makes the rows of plans those of a session, as `remember` does.
+MARKS: Final = Marks(
+    loaded=Loaded,
+    whole=Snapshot,
+    is_mutable=lambda model: bool(_mutable(model)),
+    fetch_mode=None if FETCH_ONE is None else SESSION_FETCH,
+)
 
 
 def _must_not_block() -> bool:

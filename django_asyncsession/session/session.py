@@ -29,11 +29,13 @@ from django_asyncsession.backends.options import TransactionOptions
 from django_asyncsession.exceptions import SessionStateError, StreamTimeout
 from django_asyncsession.observe.slow import Watch
 from django_asyncsession.origins import Site, creation_site, made, task_reference
-from django_asyncsession.orm import loading, saving, snapshots
+from django_asyncsession.orm import loading, planned, saving, snapshots
 from django_asyncsession.orm.changes import DeleteQuery, InsertQuery, UpdateQuery
 from django_asyncsession.orm.queries import SelectQuery
 from django_asyncsession.orm.relations import Related
 from django_asyncsession.orm.tables import RowTable, model_of
+from django_asyncsession.plans.fallback import Fallback
+from django_asyncsession.plans.plan import Plan
 from django_asyncsession.results import BaseResultSet, Reader, Row
 from django_asyncsession.statements import check_one_statement
 from django_asyncsession.transactions.blocks import Block
@@ -925,7 +927,14 @@ class Session:
 
     async def get(self, model: type[M] | RowTable[M], pk: Any) -> M | None:
         """The row with this primary key, or None."""
-        return await self._run(loading.get, model_of(model), pk, self.alias)
+        asked: loading.Asked[M] = loading.Asked(model_of(model), pk, self.alias)
+        if asked.plan is not None:
+            try:
+                return asked.row(await self.fetch_plan(asked.plan, (pk,)))
+            except Fallback as fallback:
+                asked.refuse(fallback)
+        row: M | None = await self._run(asked.run, loading.get)
+        return row
 
     async def get_one(self, model: type[M] | RowTable[M], pk: Any) -> M:
         """The row with this primary key.
@@ -933,9 +942,25 @@ class Session:
         Raises:
             The model's DoesNotExist.
         """
-        return await self._run(loading.get_one, model_of(model), pk, self.alias)
+        asked: loading.Asked[M] = loading.Asked(model_of(model), pk, self.alias)
+        if asked.plan is not None:
+            try:
+                return asked.only_row(await self.fetch_plan(asked.plan, (pk,)))
+            except Fallback as fallback:
+                asked.refuse(fallback)
+        row: M = await self._run(asked.run, loading.get_one)
+        return row
 
     # Queries
+
+    def fetch_plan(self, plan: Plan, values: Sequence[Any]) -> Coroutine[Any, Any, list[Any]]:
+        """Run the statement of a plan and return its rows as tuples; what queries call.
+
+        Raises:
+            Fallback: it has to be run Django's way.
+            Django's database errors.
+        """
+        return self._run(planned.fetch, plan, values, self.alias)
 
     @property
     def select(self) -> SelectQuery[Any]:

@@ -1,0 +1,75 @@
+"""Parameters as PostgreSQL's text format has them."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Callable, Mapping
+from decimal import Decimal
+from typing import Any, Final
+from uuid import UUID
+
+from django.db.models import lookups
+
+from .fallback import Fallback
+from .operands import PATTERNS
+
+Encode = Callable[[Any], bytes | None]
+
+
+def _text(value: str) -> bytes:
+    try:
+        return value.encode()
+    except UnicodeEncodeError:
+        raise Fallback("nul") from None
+
+
+def _iso(value: dt.datetime | dt.date | dt.time) -> bytes:
+    return value.isoformat().encode()
+
+
+def _plain(value: Any) -> bytes:
+    return str(value).encode()
+
+
+def _repr(value: float) -> bytes:
+    return repr(value).encode()
+
+
+_TEXTS_OF: Final[Mapping[type, Encode]] = {
+    int: lambda value: b"%d" % value,
+    str: _text,
+    float: _repr,
+    Decimal: _plain,
+    dt.datetime: _iso,
+    dt.date: _iso,
+    dt.time: _iso,
+    UUID: _plain,
+}
+
+
+def escaped(value: str) -> str:
+    """A text as a pattern that matches nothing but it."""
+    return value.replace("\\", "\\\\").replace("%", r"\%").replace("_", r"\_")
+
+
+def encoder(lookup: Any, kind: type) -> Encode | None:
+    """What encodes the values of a lookup; None when their text is not known."""
+    if type(lookup) in PATTERNS:
+        pattern = lookup.param_pattern
+        return lambda value: _text(pattern % escaped(value))
+    if type(lookup) is lookups.IExact:
+        return lambda value: _text(escaped(value))
+    return _TEXTS_OF.get(kind)
+
+
+def constant_text(value: Any) -> Encode | None:
+    """What gives the text of a constant; None when it is not known."""
+    if value is None:
+        return lambda _: None
+    if type(value) is bool:
+        text = b"t" if value else b"f"
+        return lambda _: text
+    if isinstance(value, int) or type(value) is str:
+        text = b"%d" % value if isinstance(value, int) else value.encode()
+        return lambda _: text
+    return None
