@@ -110,7 +110,7 @@ _STEPS: Final[dict[str, Callable[[Any, Any, list[Any]], Key]]] = {
 
 
 class Recording:
-    """The shape of a query and its values; it is never changed.
+    """The shape of a query and its values, which are never changed.
 
     Args:
         model: whose rows they are.
@@ -161,6 +161,11 @@ class Recording:
                 return bool(names[0])
         return bool(self.model._meta.ordering)
 
+    @property
+    def gives_rows(self) -> bool:
+        """Whether it gives rows of the model, not values of them."""
+        return not any(step[0] in ("values", "values_list") for step in self.path)
+
     def by_pk(self) -> Recording:
         """In the order of the primary key."""
         return self.at(_BY_PK)
@@ -179,13 +184,28 @@ class Recording:
         Raises:
             Fallback: there is none for these values.
         """
+        if self.shape is None:
+            # A plan may have been made since.
+            self.shape = self.root.at(self.path)
         return self.cache.find(self.shape, ending, self.slots)
 
     def learn(self, ending: Ending) -> Entry:
         """Make the plan; called in the bridge."""
         connection = connections[self.cache.alias]
-        learn = self.cache.learn
-        return learn(self.root, self.path, ending, self.base, connection, snapshots.MARKS)
+
+        def compile_with(values: Sequence[Any]) -> compare.Compiled:
+            queryset = replay(self.base(), self.path, values)
+            return compare.compiled(queryset, ending, connection)
+
+        return self.cache.learn(
+            self.root,
+            self.path,
+            ending,
+            compile_with,
+            slot_kinds(self.path),
+            connection,
+            snapshots.MARKS,
+        )
 
 
 def begin(model: type[Model], using: str) -> Recording:
@@ -295,7 +315,8 @@ def _proved(
 def why(recording: Recording | None, reason: str, ending: Ending) -> str:
     """Whether a query runs on a plan, and if not, why, as a sentence."""
     if recording is not None:
-        entry = None if recording.shape is None else recording.shape.ends.get(ending)
+        shape = recording.shape or recording.root.at(recording.path)
+        entry = None if shape is None else shape.ends.get(ending)
         if entry is None:
             return "Runs Django's way this time, and its plan is made then."
         if entry.plan is None:

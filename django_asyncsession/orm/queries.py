@@ -16,7 +16,7 @@ from collections.abc import (
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 from itertools import islice
-from typing import Any, Generic, Protocol, Self, TypeVar, cast
+from typing import Any, Final, Generic, Protocol, Self, TypeVar, cast
 
 from django.core.exceptions import MultipleObjectsReturned
 from django.db import Error
@@ -614,15 +614,22 @@ class SelectQuery(_Filtered, Generic[T]):
         self, ids: Iterable[Any] | None = None, *, field_name: Any = "pk"
     ) -> dict[Any, T]:
         """The rows by primary key, or by another unique column."""
+        given, path = ids if ids is None else list(ids), path_of(field_name)
+        if given and path == "pk" and self._is_plain and len(given) <= _ONE_BULK:
+            return {cast(Any, row).pk: row for row in await self.where(pk__in=given)}
 
         def fetch() -> dict[Any, T]:
-            found = self.queryset.in_bulk(
-                ids if ids is None else list(ids), field_name=path_of(field_name)
-            )
+            found = self.queryset.in_bulk(given, field_name=path)
             snapshots.remember(found.values())
             return cast("dict[Any, T]", found)
 
         return await self._session.run_sync(fetch)
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether it has a shape, and gives all rows of a model that its conditions choose."""
+        whole = self._limit is None and not self._offset
+        return whole and self._recording is not None and self._recording.gives_rows
 
     async def explain(self, *, format: str | None = None, **options: Any) -> str:
         """The database's plan for the query."""
@@ -653,6 +660,10 @@ class SelectQuery(_Filtered, Generic[T]):
 
     def _take(self, iterator: Iterator[Any], count: int) -> Results[T]:
         return self._shaped(list(islice(iterator, count)))
+
+
+# Keys that Django asks for in one statement on every database.
+_ONE_BULK: Final = 999
 
 
 async def _close(held: Runs, iterator: Any) -> None:

@@ -19,8 +19,8 @@ from django_asyncsession.conf import settings
 
 from .builders import Marks
 from .fallback import Fallback
-from .plan import Compiled, Ending, Plan, compiled, make_plan
-from .shapes import FITS, Key, Shape, replay, slot_kinds
+from .plan import Compiled, Ending, Plan, make_plan
+from .shapes import FITS, Key, Shape
 
 logger = logging.getLogger("django_asyncsession.plans")
 
@@ -164,7 +164,8 @@ class Cache:
         root: Shape,
         path: Sequence[Key],
         ending: Ending,
-        base: Callable[[], Any],
+        compile_with: Callable[[Sequence[Any]], Compiled],
+        kinds: Sequence[tuple[type, int]],
         connection: Any,
         marks: Marks,
     ) -> Entry:
@@ -172,19 +173,14 @@ class Cache:
 
         Args:
             root: where the path begins.
-            base: gives the QuerySet of the model without any step.
-            connection: of this alias.
+            compile_with, kinds, connection, marks: as of `make_plan`.
         """
         found = root.at(path)
         if found is not None and (known := found.ends.get(ending)) is not None:
             return known  # type: ignore[no-any-return]
-
-        def compile_with(values: Sequence[Any]) -> Compiled:
-            return compiled(replay(base(), path, values), ending, connection)
-
         plan, refusal = None, None
         try:
-            plan = make_plan(compile_with, slot_kinds(path), ending, connection, marks)
+            plan = make_plan(compile_with, kinds, ending, connection, marks)
         except Fallback as fallback:
             refusal = fallback.reason
         except Exception:

@@ -144,6 +144,7 @@ def _same(one: Any, other: Any) -> bool:
 
 
 __all__ = [
+    "Compiled",
     "built_by_django",
     "compiled",
     "difference",

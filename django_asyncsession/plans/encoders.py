@@ -52,14 +52,25 @@ def escaped(value: str) -> str:
     return value.replace("\\", "\\\\").replace("%", r"\%").replace("_", r"\_")
 
 
-def encoder(lookup: Any, kind: type) -> Encode | None:
-    """What encodes the values of a lookup; None when their text is not known."""
+def encoder(lookup: Any, kind: type, ops: Any) -> Encode | None:
+    """What encodes the values of a lookup; None when their text is not known.
+
+    Args:
+        ops: Django's operations of the database, which say how it escapes.
+    """
     if type(lookup) in PATTERNS:
-        pattern = lookup.param_pattern
-        return lambda value: _text(pattern % escaped(value))
+        pattern, escape = lookup.param_pattern, _escape(ops.prep_for_like_query)
+        return None if escape is None else lambda value: _text(pattern % escape(value))
     if type(lookup) is lookups.IExact:
-        return lambda value: _text(escaped(value))
+        escape = _escape(ops.prep_for_iexact_query)
+        return None if escape is None else lambda value: _text(escape(value))
     return _TEXTS_OF.get(kind)
+
+
+def _escape(function: Callable[[str], str]) -> Callable[[str], str] | None:
+    """What does the same as a function of Django's, if it is known."""
+    sample = "a%_\\\\b'\""
+    return next((known for known in (escaped, str) if known(sample) == function(sample)), None)
 
 
 def constant_text(value: Any) -> Encode | None:

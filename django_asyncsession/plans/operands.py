@@ -108,6 +108,8 @@ RAW_TEXT: Final = frozenset({lookups.Regex, lookups.IRegex})
 NULLS: Final = frozenset({lookups.IsNull, related_lookups.RelatedIsNull})
 LOOKUPS: Final = COMPARISONS | PATTERNS | RAW_TEXT | NULLS | {lookups.IExact}
 
+RANGE: Final = lookups.Range
+
 _RELATIONS: Final = frozenset(
     {
         ForeignKey,

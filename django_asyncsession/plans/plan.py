@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
-from django.core.exceptions import EmptyResultSet, FullResultSet
+from django.core.exceptions import EmptyResultSet, FullResultSet, ValidationError
 from django.db.models import signals
 from django.db.models.query import (
     FlatValuesListIterable,
@@ -260,7 +260,11 @@ def make_plan(
         Fallback: it cannot be shown that other values would only be other parameters.
     """
     given = [probes(kinds, salt) for salt in (0, 1)]
-    first, second = (compile_with(values) for values in given)
+    try:
+        first, second = (compile_with(values) for values in given)
+    except (TypeError, ValueError, ArithmeticError, ValidationError):
+        # A field does not take the probes, though it took the value.
+        raise Fallback("value_type") from None
     if first.sql != second.sql or len(first.params) != len(second.params):
         raise Fallback("text")
     lookups = _operands(first.queryset.query, given[0])
@@ -281,18 +285,21 @@ def _operands(query: Any, values: Sequence[Any]) -> list[Any]:
     """The lookup of each value."""
     places = {(type(value), value): slot for slot, value in enumerate(values)}
     found: list[Any] = [None] * len(values)
-    for leaf in operands.leaves(query):
+    leaves = list(operands.leaves(query))
+    for leaf in leaves:
         given = leaf.rhs if isinstance(leaf.rhs, (list, tuple)) else (leaf.rhs,)
         for value in given:
             if type(value) in (bool, type(None)):
                 continue
+            operands.check_operand(leaf, type(value))
             slot = places.get((type(value), value))
             if slot is None:
-                raise Fallback("parameters")
-            operands.check_operand(leaf, type(value))
+                # The field has made another value of the same type of it, or of another type.
+                raise Fallback("value_type")
             found[slot] = leaf
     if None in found:
-        raise Fallback("parameters")
+        known = all(operands.plain_class(operands.target_of(leaf)) for leaf in leaves)
+        raise Fallback("parameters" if known else "field")
     return found
 
 
@@ -313,7 +320,7 @@ def _bind(pair: Any, given: Any, lookups: Sequence[Any], connection: Any) -> Bin
         slot,
         prepare=prepare,
         limits=operands.limits(lookup, connection),
-        encode=encoder(lookup, type(given[0][slot])),
+        encode=encoder(lookup, type(given[0][slot]), connection.ops),
     )
 
 

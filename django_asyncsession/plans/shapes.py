@@ -83,6 +83,19 @@ def fit(value: Any, kind: type) -> None:
         fits(value)
 
 
+def fits_slot(value: Any) -> None:
+    """Refuse a value that has no place in any slot.
+
+    Raises:
+        Fallback: it is of no plain type, or one that Django treats in its own way.
+    """
+    kind = type(value)
+    if kind not in FITS:
+        raise Fallback("value_type")
+    if (fits := FITS[kind]) is not None:
+        fits(value)
+
+
 # From what a user wrote to a key.
 
 
@@ -118,6 +131,7 @@ def value_key(name: str, value: Any, slots: list[Any]) -> Any:
     """What of a value is part of the shape: its type when it is a slot, else the value."""
     kind = type(value)
     if kind in FITS:
+        # In place: on the way of each query.
         if (fits := FITS[kind]) is not None:
             fits(value)
         slots.append(value)

@@ -255,6 +255,26 @@ async def test_the_other_ends_of_a_query(session: Session) -> None:
         assert await query.limit(1).count() == 1
 
 
+async def test_rows_by_key_are_those_of_a_plan(session: Session) -> None:
+    await session.run_sync(fill, session.alias)
+    expected = await session.run_sync(User.objects.using(session.alias).in_bulk)
+    hits = cache.of(session.alias).hits
+    for _ in range(4):
+        query = session.select(User).where(users.level >= 1)
+        found = await query.in_bulk([*expected, *expected, 987654])
+        assert found == expected
+        assert await query.where(name="other").in_bulk(list(expected)) == {
+            pk: user for pk, user in expected.items() if user.name == "other"
+        }
+        assert await query.in_bulk([]) == {}
+        assert await query.in_bulk() == expected
+        with pytest.raises(TypeError):
+            await query.values("name").in_bulk(list(expected))
+        with pytest.raises(TypeError):
+            await query.limit(1).in_bulk(list(expected))
+    assert cache.of(session.alias).hits == hits + 6
+
+
 async def test_a_row_of_a_plan_is_written_as_any_other(session: Session) -> None:
     await session.run_sync(fill, session.alias)
     for at in range(4):
