@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 from collections.abc import Callable, Mapping
 from decimal import Decimal
+from functools import partial
 from typing import Any, Final
 from uuid import UUID
 
@@ -59,12 +60,19 @@ def encoder(lookup: Any, kind: type, ops: Any) -> Encode | None:
         ops: Django's operations of the database, which say how it escapes.
     """
     if type(lookup) in PATTERNS:
-        pattern, escape = lookup.param_pattern, _escape(ops.prep_for_like_query)
-        return None if escape is None else lambda value: _text(pattern % escape(value))
+        return _escaping(lookup.param_pattern, ops.prep_for_like_query)
     if type(lookup) is lookups.IExact:
-        escape = _escape(ops.prep_for_iexact_query)
-        return None if escape is None else lambda value: _text(escape(value))
+        return _escaping("%s", ops.prep_for_iexact_query)
     return _TEXTS_OF.get(kind)
+
+
+def _escaping(pattern: str, function: Callable[[str], str]) -> Encode | None:
+    escape = _escape(function)
+    return None if escape is None else partial(_pattern, pattern, escape)
+
+
+def _pattern(pattern: str, escape: Callable[[str], str], value: str) -> bytes:
+    return _text(pattern % escape(value))
 
 
 def _escape(function: Callable[[str], str]) -> Callable[[str], str] | None:
