@@ -120,6 +120,7 @@ def converter(compiler: Any) -> Convert | None:
         expressions = list(compiler.query.annotation_select.values())
     if compiler.has_composite_fields(expressions):
         raise Fallback("composite")
+    ops = compiler.connection.ops
     found = compiler.get_converters(expressions)
     if not found:
         return None
@@ -128,8 +129,13 @@ def converter(compiler: Any) -> Convert | None:
     for at, (functions, expression) in found.items():
         names[f"e{at}"] = expression
         for number, function in enumerate(functions):
-            names[f"f{at}_{number}"] = function
-            parts[at] = f"f{at}_{number}({parts[at]}, e{at}, connection)"
+            name = f"f{at}_{number}"
+            if getattr(function, "__self__", None) is ops:
+                # That of the current connection: a plan must not keep this one.
+                name = f"connection.ops.{function.__name__}"
+            else:
+                names[name] = function
+            parts[at] = f"{name}({parts[at]}, e{at}, connection)"
     source = f"def convert(rows, connection):\n    return [({', '.join(parts)},) for r in rows]\n"
     convert: Convert = made(source, names)["convert"]
     return convert

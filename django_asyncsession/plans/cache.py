@@ -204,13 +204,18 @@ class Cache:
         entry.shape.ends.pop(entry.ending, None)
         entry.shape.prune()
 
-    def throw_out(self, entry: Entry, problem: str) -> None:
-        """Never use this plan again: Django would have done something else."""
+    def throw_out(self, entry: Entry, what: str) -> None:
+        """Never use this plan again: Django would have done something else.
+
+        Args:
+            what: is not Django's. No values: they do not belong in a log.
+        """
         sql = None if entry.plan is None else entry.plan.sql
         logger.error(
-            "a plan on %r is thrown out, and its queries run Django's way: %s; it was %s",
+            "a plan on %r is thrown out, and its queries run Django's way, because %s differs from "
+            'Django\'s; with ASYNC_SESSION["PLANS"] = "compare" the error tells how; it was %s',
             self.alias,
-            problem,
+            what,
             sql,
         )
         entry.plan, entry.refusal = None, "differs"
@@ -255,8 +260,14 @@ def _root(model: type[Model]) -> Shape | str:
 
 
 _MANAGED: Final = ("get_queryset", "all", "db_manager", "__getattribute__")
+
+
+class _Empty:
+    """What every class has."""
+
+
 #: What a QuerySet of Django's does; one that does any of it differently is asked itself.
-_OWN_NAMES: Final = frozenset(vars(QuerySet)) - {"__module__", "__doc__", "__qualname__"}
+_OWN_NAMES: Final = frozenset(vars(QuerySet)) - frozenset(vars(_Empty))
 
 # Whoever has put something in their place wants to see or to change what they do.
 _WATCHED: Final[tuple[tuple[Any, str], ...]] = (

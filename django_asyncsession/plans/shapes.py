@@ -118,7 +118,7 @@ def filter_key(
 
 
 def _condition_key(node: Any, slots: list[Any], kinds: Collection[type]) -> Key:
-    if type(node) is tuple:
+    if type(node) is tuple and len(node) == 2 and type(node[0]) is str:
         name, value = node
         return name, value_key(name, value, slots)
     if type(node) not in kinds:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import tracemalloc
 from collections.abc import Callable
 from datetime import UTC, datetime
 from decimal import Decimal
+from functools import partial
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 import pytest
@@ -13,10 +16,11 @@ from django.db import connections
 from django.db.models import QuerySet
 
 from django_asyncsession.orm import snapshots
+from django_asyncsession.plans import builders, encoders, operands
 from django_asyncsession.plans.builders import Built, converter, instances
 from django_asyncsession.plans.compare import built_by_django, compiled, difference
-from django_asyncsession.plans.plan import Compiled, Ending
-from tests.models import Book, User, Wrapped
+from django_asyncsession.plans.plan import Compiled, Ending, Plan, make_plan
+from tests.models import Book, User
 
 MOMENT = datetime(2024, 1, 1, tzinfo=UTC)
 
@@ -77,7 +81,7 @@ def test_the_source_is_kept() -> None:
 
 
 def test_converters_are_given_the_current_connection() -> None:
-    django, built = of(Wrapped.objects.all(), "sqlite")
+    django, built = of(Book.objects.all(), "sqlite")
     assert built.convert is not None
     seen = []
 
@@ -91,8 +95,32 @@ def test_converters_are_given_the_current_connection() -> None:
 
     convert = converter(django.compiler)
     assert convert is not None
-    (row,) = convert([(1, "x", None, 2, None, 0.5)], Watched(connections["sqlite"]))
-    assert row[1].text == "x" and row[0] == 1 and row[3] == 2
+    given = (1, "x", 2, None, 1.5, "2024-01-01 00:00:00")
+    (row,) = convert([given], Watched(connections["sqlite"]))
+    assert row == (1, "x", 2, None, Decimal("1.50"), MOMENT)
+    assert "ops" in seen
+
+
+@pytest.mark.parametrize("alias", ["default", "sqlite", "mysql"])
+def test_a_plan_keeps_no_connection(alias: str) -> None:
+    connection = connections[alias]
+    plan = make_plan(
+        lambda values: compiled(Book.objects.filter(title=values[0]), Ending(), connection),
+        [(str, 1)],
+        Ending(),
+        connection,
+        snapshots.MARKS,
+    )
+    reached, left = set(), [plan.params, plan.convert, plan.build, plan.check, plan.encode]
+    kinds = (dict, list, tuple, FunctionType, MethodType, Plan, CellType, partial)
+    while left:
+        found = left.pop()
+        if id(found) not in reached and isinstance(found, kinds):
+            reached.add(id(found))
+            skipped = vars(builders), vars(operands), vars(encoders)
+            left += [o for o in gc.get_referents(found) if not any(o is s for s in skipped)]
+        assert found is not connection and found is not connection.ops
+    assert len(reached) > 20
 
 
 def test_without_converters_rows_stay_as_they_are() -> None:

@@ -142,7 +142,7 @@ async def test_a_plan_that_differs_is_thrown_out_and_logged(
     entry.plan.params = lambda values, connection: ("bea",)
     with caplog.at_level(logging.ERROR, "django_asyncsession.plans"):
         assert [user.level for user in await query] == [1]
-    assert "thrown out" in caplog.text and "'bea'" in caplog.text
+    assert "because its statement differs" in caplog.text and "bea" not in caplog.text
     assert "differs" in query.why()
     for _ in range(3):
         assert await found(session, "bea") == [2]
@@ -160,7 +160,7 @@ async def test_rows_that_differ_are_django_s(
     entry.plan.build = lambda rows, alias: [*real(rows, alias), *real(rows, alias)]
     with caplog.at_level(logging.ERROR, "django_asyncsession.plans"):
         assert await found(session, "ann") == [1]
-    assert "there are 2 rows, and 1 by Django" in caplog.text
+    assert "because what it gives differs" in caplog.text
 
 
 async def test_compared_a_difference_is_an_error(session: Session) -> None:

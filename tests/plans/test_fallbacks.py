@@ -59,6 +59,13 @@ MORE: list[tuple[str, Query]] = [
     ("source", lambda s: s.select(s.select(User))),
     ("step", lambda s: s.select(User).prefetch("tags")),
     ("step", lambda s: s.select(User).for_update()),
+    ("step", lambda s: s.select(Book).prefetch("author").related("author")),
+    (
+        "step",
+        lambda s: (
+            s.select(User).distinct("name") if s.alias == "default" else s.select(User).annotate()
+        ),
+    ),
     ("step", lambda s: s.select(User).union(s.select(User))),
     ("step", lambda s: s.select(Book).group_by("title")),
     ("expression", lambda s: s.select(User).order_by(Lower("name"))),
