@@ -102,6 +102,8 @@ def test_the_middleware_listed_twice() -> None:
     [
         ({"ALAIS": "default"}, "no key 'ALAIS'"),
         ({"ALIAS": "other"}, "'other', which DATABASES does not have"),
+        ({"PLANS": "compared"}, "is 'compared'; give True, False or 'compare'"),
+        ({"PLANS": 1}, "is 1; give True, False or 'compare'"),
         ({"POOLS": {"other": {}}}, "'other', which DATABASES does not have"),
         ({"POOLS": {"default": {"max_sise": 3}}}, "max_sise"),
         ({"POOLS": {"default": {"max_size": 0}}}, "max_size=0"),
