@@ -516,6 +516,10 @@ class BridgedMixin(_Wrapper):
         """From now on the connection is a session's, which may do anything with the driver."""
         self.lease = lease
 
+    def note_touched(self) -> None:
+        """Note that sync code runs with the connection, or has the driver's: whatever it does with
+        it may leave something behind."""
+
     def end_streams(self) -> None:
         """Let go of the rows that streaming cursors have not read, when the session's transaction
         ends; called in the bridge."""

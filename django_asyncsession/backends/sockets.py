@@ -16,10 +16,16 @@ def is_quiet(fd: int) -> bool:
 
 def has_hung_up(fd: int) -> bool:
     """Whether the other end has closed the connection, also if data came before that."""
-    ended = _events(fd)
+    return look(fd)[1]
+
+
+def look(fd: int) -> tuple[bool, bool]:
+    """Whether anything came, and whether the other end has closed the connection; as far as the
+    system tells them apart."""
+    events = ended = _events(fd)
     if hasattr(select, "poll"):
         ended &= _HUNG_UP | select.POLLHUP | select.POLLERR | select.POLLNVAL
-    return bool(ended)
+    return bool(events), bool(ended)
 
 
 def _events(fd: int) -> int:

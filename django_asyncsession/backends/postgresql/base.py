@@ -92,8 +92,12 @@ class Mixin(BridgedMixin, _Base):
             return super()._configure_connection(connection)
 
     def is_usable(self) -> bool:
+        clean = self.connection.clean
         with self.in_own_use():
-            return super().is_usable()
+            usable = super().is_usable()
+        # It asks for a constant.
+        self.connection.clean = clean
+        return usable
 
     def start(self, options: TransactionOptions) -> None:
         self._read_only(options)
@@ -171,6 +175,8 @@ class Mixin(BridgedMixin, _Base):
         if self.connection.resetting:
             # What comes is the answer to that.
             return not self.has_hung_up()
+        if (wire := self.connection.wire) is not None and wire.said:
+            return False
         return not self.connection.closed and is_quiet(self.connection.pgconn.socket)
 
     def has_hung_up(self) -> bool:
@@ -270,8 +276,11 @@ class Mixin(BridgedMixin, _Base):
 
     def begin_lease(self, lease: object) -> None:
         super().begin_lease(lease)
-        if self.pooled:
-            self.connection.clean = False
+        self.note_touched()
+
+    def note_touched(self) -> None:
+        if self.pooled and self.connection is not None:
+            self.connection.note_touched()
 
     def connected(self) -> None:
         # As Django's `_configure_connection` does.
@@ -303,7 +312,7 @@ class Mixin(BridgedMixin, _Base):
         if self.set_up_touches or self.transaction_state is not TransactionState.IDLE:
             return False
         self._forget_lease()
-        if not self.connection.clean:
+        if not self.connection.clean and not self.connection.resetting:
             if not self.connection.is_read_as_opened:
                 return False
             try:

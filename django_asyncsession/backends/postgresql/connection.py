@@ -8,9 +8,10 @@ import inspect
 import os
 import select
 import socket
+import sys
 import time
 import weakref
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
 import psycopg
@@ -26,6 +27,9 @@ from psycopg.waiting import WAIT_R
 from django_asyncsession.backends.attributes import Attributes
 from django_asyncsession.bridge import Bridge, await_, in_bridge
 from django_asyncsession.exceptions import ConfigurationError
+
+from .farewell import Farewell
+from .wire import Wire
 
 RV = TypeVar("RV")
 COPYING = (pq.ExecStatus.COPY_IN, pq.ExecStatus.COPY_OUT, pq.ExecStatus.COPY_BOTH)
@@ -50,7 +54,8 @@ FIND_PREPARED = (
 )
 # What decides how the server reads a text.
 READS_BY = (b"client_encoding", b"standard_conforming_strings")
-ENDS = (b"COMMIT", b"ROLLBACK")
+COMMIT, ROLLBACK = b"COMMIT", b"ROLLBACK"
+ENDS = (COMMIT, ROLLBACK)
 # Generators of psycopg that send no SQL of anybody's: they fetch, end, or set an attribute.
 HARMLESS = frozenset(
     {"_fetch_gen", "_scroll_gen", "_close_gen", "_commit_gen", "_rollback_gen"}
@@ -62,12 +67,10 @@ NOT_OF_A_LEASE = frozenset(
     {"pgconn", "lock", "wrapper", "begin_sql", "began", "left_by_sql", "_opened", "_farewell"}
     | {"_waits_in", "_waits_since", "_ending", "_closed", "_prepared", "_notifies_backlog"}
     | {"_adapters", "_pipeline", "reset_statements", "set_up", "prepares_again", "clean"}
-    | {"resetting", "reset_error", "reset_works"}
+    | {"resetting", "reset_error", "reset_works", "wire"}
 )
 # The server's clock and ours may differ by the rest while a timeout runs.
 TIMER_SHARE = 0.95
-# Seconds that libpq gets to deliver a cancel request; the pool's own deadline is what counts.
-CANCEL_TIMEOUT = 10.0
 
 
 class Connection(psycopg.Connection[Any]):
@@ -91,9 +94,12 @@ class Connection(psycopg.Connection[Any]):
         # What the server said to the last reset, if it did not do all of it. Only one that it has
         # done once goes along with COMMIT: what it cannot read, it would refuse with it.
         self.reset_error, self.reset_works = "", False
-        # Nothing was sent since the last reset. The answer to a reset was not read yet.
+        # Nothing was sent since the last reset that can have left anything. The answer to a reset
+        # was not read yet.
         self.clean = True
         self.resetting = False
+        # What sends statements below the cursor, and reads for all, in a pool's loop.
+        self.wire: Wire | None = None
         self._farewell: Farewell | None = None
         # The loop in which a call waits in the bridge; the connection was abandoned meanwhile, and
         # that call closes it.
@@ -132,40 +138,71 @@ class Connection(psycopg.Connection[Any]):
         return await_(waiting.wait_conn_async(gen, interval=0.1, timeout=seconds))
 
     def wait(self, gen: PQGen[RV], interval: float = 0.1, timeout: float | None = None) -> RV:
+        name = getattr(gen, "__name__", "")
         if self.wrapper is not None and (wrapper := self.wrapper()) is not None:
             wrapper.check_served()
-            if not wrapper.own_use and (name := getattr(gen, "__name__", "")) not in HARMLESS:
+            if not wrapper.own_use and name not in HARMLESS:
                 wrapper.note_unseen("COPY" if "copy" in name else "SQL with the driver")
-        self.clean, self._waits_since = False, time.monotonic()
+        if name not in HARMLESS:
+            self.note_touched()
+        self._waits_since = time.monotonic()
         if not isinstance(getcurrent(), Bridge):
+            if self.wire is not None:
+                self.wire.pause()
             return super().wait(gen, interval=interval, timeout=timeout)
-        fd, steps = self.pgconn.socket, [self._until_abandoned(gen)]
+        steps = [gen]
+        del gen
         try:
-            return await_(waiting.wait_async(steps.pop(), fd, interval=interval, timeout=timeout))
+            return await_(self._awaited(steps.pop(), interval, timeout))
         except Exception:
             raise
         except BaseException:
             # Cancelled, or closed, in the middle of a round trip: what the server does now is not
             # certain.
-            self._note_end_of_wait()
-            wrapper = None if self.wrapper is None else self.wrapper()
-            if wrapper is not None:
-                wrapper.cut_off()
-            if wrapper is None or wrapper.cut:
-                self.abandon()
+            self.cut()
             raise
         finally:
             if self._waits_in is not None or self._ending:
-                self._note_end_of_wait()
-            self._note_status()
+                self.note_end_of_wait()
+            self.note_status()
+
+    def _awaited(
+        self, gen: PQGen[RV], interval: float, timeout: float | None
+    ) -> Coroutine[Any, Any, RV]:
+        wire = self.wire
+        if wire is not None and wire.loop is asyncio.get_running_loop():
+            return wire.drive(gen, interval, timeout)
+        steps = self._until_abandoned(gen)
+        return waiting.wait_async(steps, self.pgconn.socket, interval=interval, timeout=timeout)
+
+    def cut(self) -> None:
+        """Close the connection, because a round trip was left in the middle."""
+        self.note_end_of_wait()
+        wrapper = self.owner
+        if wrapper is not None:
+            wrapper.cut_off()
+        if wrapper is None or wrapper.cut:
+            self.abandon()
+
+    @property
+    def owner(self) -> Any:
+        """Django's connection that it belongs to, as long as there is one."""
+        return None if self.wrapper is None else self.wrapper()
+
+    def note_touched(self) -> None:
+        """Note that something was sent, or may have been, that can leave something behind."""
+        self.clean = False
+        if self.wire is not None:
+            self.wire.forget_loaders()
 
     def waited(self) -> float:
         """Seconds since the last round trip began."""
-        return time.monotonic() - self._waits_since
+        sent = 0.0 if self.wire is None else self.wire.since
+        return time.monotonic() - max(self._waits_since, sent)
 
     def _until_abandoned(self, gen: PQGen[RV]) -> PQGen[RV]:
         """`gen`, ended at the first step after `abandon`: in a tenth of a second at the latest."""
-        self._waits_in = asyncio.get_running_loop()
+        self.note_wait(asyncio.get_running_loop())
         try:
             state = next(gen)
             while True:
@@ -177,16 +214,36 @@ class Connection(psycopg.Connection[Any]):
             return end.value  # type: ignore[no-any-return]
         finally:
             # Here too: what waits may be collected, in whichever thread.
-            self._waits_in = None
-            if self._ending:
-                self.pgconn.finish()
+            self.note_end_of_wait()
 
-    def _note_end_of_wait(self) -> None:
+    def note_wait(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Note that a call waits for the server: it closes the socket, if that is to be done."""
+        self._waits_in = loop
+
+    @property
+    def is_left(self) -> bool:
+        """Whether it was closed while a call waited, which has to close the socket."""
+        return self._ending
+
+    def note_end_of_wait(self) -> None:
+        """Note that no call waits any more; close the socket, if it should be."""
         self._waits_in = None
         if self._ending:
-            self.pgconn.finish()
+            self._finish()
 
-    def _note_status(self) -> None:
+    def _finish(self) -> None:
+        if self.wire is None:
+            self.pgconn.finish()
+        else:
+            self.wire.close()
+
+    def close(self) -> None:
+        super().close()
+        if self.wire is not None:
+            self.wire.close()
+
+    def note_status(self) -> None:
+        """Note what the server said of the transaction."""
         status = self.pgconn.transaction_status
         if status in (pq.TransactionStatus.INTRANS, pq.TransactionStatus.INERROR):
             self.began = True
@@ -203,6 +260,8 @@ class Connection(psycopg.Connection[Any]):
         """Remember the attributes, and what values are converted with: every lease begins so."""
         template = AdaptersMap(self.adapters)
         attributes = Attributes(self, NOT_OF_A_LEASE)
+        self.wire = Wire.attached(self)
+        self._watch_adapters()
         prepares = self.prepare_threshold, self.prepared_max
         handlers = self.pgconn.notice_handler, self.pgconn.notify_handler
         self._opened = attributes, template, prepares, handlers, self._reads_as
@@ -219,6 +278,14 @@ class Connection(psycopg.Connection[Any]):
         server.untrace()
         if self._adapters is None or not _are_same(self._adapters, template):
             self._adapters = AdaptersMap(template)
+            self._watch_adapters()
+
+    def _watch_adapters(self) -> None:
+        """Let the wire know when a loader is registered."""
+        if (wire := self.wire) is not None:
+            wire.forget_loaders()
+            adapters: Any = self.adapters
+            adapters._register_loader_callback = _forgetting(weakref.ref(wire))
 
     def commit(self) -> None:
         self.began = False
@@ -257,33 +324,55 @@ class Connection(psycopg.Connection[Any]):
     def _exec_command(self, command: Any, result_format: pq.Format = pq.Format.TEXT) -> Any:
         wrapper = None if self.wrapper is None else self.wrapper()
         together = wrapper is not None and wrapper.ends_lease and command in ENDS
-        together = together and self.reset_works and self.is_read_as_opened
-        if not together or self._pipeline:
+        if not together or not self.may_reset_behind or self._pipeline:
             return (yield from super()._exec_command(command, result_format))
         return (yield from self._end_and_reset(command))
+
+    def _deallocate(self, name: bytes | None) -> PQGen[None]:
+        if name is None and self.wire is not None:
+            self.wire.forget_prepared()
+        yield from super()._deallocate(name)
+
+    @property
+    def may_reset_behind(self) -> bool:
+        """Whether there is something to reset that can go along with the end of a transaction."""
+        return not self.clean and self.reset_works and self.is_read_as_opened
+
+    def note_end(self, command: bytes) -> None:
+        """Note that the transaction is ended by us."""
+        self.began = False
+        prepared: Any = self._prepared
+        if command == ROLLBACK and prepared._names:
+            # psycopg forgets its prepared statements then.
+            self._forget_prepared()
+
+    def _forget_prepared(self) -> None:
+        """Let the next reset drop all of them: those of PREPARE can only go together with ours."""
+        prepared: Any = self._prepared
+        prepared.clear()
+        if self.wire is not None:
+            self.wire.forget_prepared()
 
     def _end_and_reset(self, command: bytes) -> PQGen[Any]:
         """End the transaction and reset the connection in one round trip. The server runs the
         reset after the end, in a transaction of its own, and not at all if the end fails."""
         self._check_connection_ok()
-        if command == b"ROLLBACK":
-            # psycopg forgets its prepared statements then.
-            self._prepared._names.clear()
-        self.pgconn.send_query(command + b"; " + self._reset_sql())
+        self.note_end(command)
+        self.pgconn.send_query(command + b"; " + self.reset_sql())
         yield from generators.send(self.pgconn)
         ended = yield from generators.fetch(self.pgconn)
         try:
             yield from self._read_reset()
         except psycopg.OperationalError:
             # Lost, but after the server's word on the end.
-            self.pgconn.finish()
+            self._finish()
         if ended is not None and ended.status == pq.ExecStatus.FATAL_ERROR:
             raise psycopg.errors.error_from_result(ended, encoding=self.pgconn._encoding)
         return ended
 
     def send_reset(self) -> None:
         """Send what brings back the state after connecting, without waiting for the answer."""
-        self.pgconn.send_query(self._reset_sql())
+        self.pgconn.send_query(self.reset_sql())
         self.resetting = True
 
     def reset(self) -> None:
@@ -332,27 +421,39 @@ class Connection(psycopg.Connection[Any]):
             if (result := server.get_result()) is None:
                 break
             results.append(result)
+        if self.note_reset(results):
+            return (yield from self._read_reset())
+        return self.clean
+
+    def note_reset(self, results: list[Any]) -> bool:
+        """Note what the server said to the reset; whether another one was sent, because there were
+        statements of PREPARE."""
+        server = self.pgconn
         while server.notifies():
             """They came for the last lease."""
         self.resetting = False
+        if self.wire is not None:
+            self.wire.said = False
         failed = [result for result in results if result.status not in DONE]
         self.clean = bool(results) and not failed
         self.reset_works = self.reset_works or self.clean
         if failed:
             self.reset_error = failed[0].get_error_message(server._encoding)
         if self.clean and results[len(self.reset_statements)].ntuples:
-            # Those of PREPARE can only go together with those of the driver.
-            self._prepared._names.clear()
+            self._forget_prepared()
             self.send_reset()
-            return (yield from self._read_reset())
-        return self.clean
+            return True
+        return False
 
-    def _reset_sql(self) -> bytes:
+    def reset_sql(self) -> bytes:
+        """What brings back the state after connecting."""
         prepared: Any = self._prepared
-        if self.prepares_again:
-            prepared._names.clear()
-        if prepared._names:
-            last = FIND_PREPARED.format(len(prepared._names) + len(prepared._to_flush))
+        if self.prepares_again or None in prepared._to_flush:
+            self._forget_prepared()
+        own = 0 if self.wire is None else self.wire.prepared
+        if prepared._names or own:
+            own += len(prepared._names) + len(prepared._to_flush)
+            last = FIND_PREPARED.format(own)
         else:
             prepared._to_flush.clear()
             last = FORGET_PREPARED
@@ -394,12 +495,23 @@ class Connection(psycopg.Connection[Any]):
                 runs = self._is_active and not self.resetting and capabilities.has_cancel_safe()
                 cancel = self.pgconn.cancel_conn() if runs else None
                 self._farewell = Farewell(cancel, socket.socket(fileno=os.dup(self.pgconn.socket)))
-        self._ending = self._waits_in is not None and not self._waits_in.is_closed()
+        self._ending = self._is_waited_for
         if not self._ending:
             # Also if the server has closed it: libpq may hold the socket still.
-            self.pgconn.finish()
+            self._finish()
+        elif self.wire is not None:
+            self.wire.wake()
+
+    @property
+    def _is_waited_for(self) -> bool:
+        loop = self._waits_in
+        if loop is None and self.wire is not None and self.wire.waits:
+            loop = self.wire.loop
+        return loop is not None and not loop.is_closed()
 
     def __del__(self, *args: Any) -> None:
+        if getattr(self, "wire", None) is not None and not sys.is_finalizing():
+            self._finish()
         # Of a pooled connection the lease, or the session, has told already.
         if getattr(self, "wrapper", None) is None:
             super().__del__(*args)
@@ -408,49 +520,6 @@ class Connection(psycopg.Connection[Any]):
         """Take what is left to do on the server for the abandoned connection."""
         farewell, self._farewell = self._farewell, None
         return farewell
-
-
-class Farewell:
-    """Cancels what the server still runs for a closed connection, and waits until its process is
-    gone.
-
-    Can be awaited again when it was cancelled; forgotten, it closes its copy of the socket.
-    """
-
-    def __init__(self, cancel: Any, sock: socket.socket) -> None:
-        self._cancel, self._socket = cancel, sock
-        self._cancel_started = False
-        # A process that was told may be held up, and goes on with the statement before it ends.
-        self._may_run = cancel is not None
-
-    @property
-    def is_untold(self) -> bool:
-        """Whether the server may still run the statement, or go on with it."""
-        return self._may_run
-
-    def __await__(self) -> Generator[Any, Any, None]:
-        return self._say().__await__()
-
-    async def _say(self) -> None:
-        if self._cancel is not None:
-            with contextlib.suppress(psycopg.Error):
-                if not self._cancel_started:
-                    self._cancel_started = True
-                    self._cancel.start()
-                await waiting.wait_conn_async(
-                    generators.cancel(self._cancel), interval=0.1, timeout=CANCEL_TIMEOUT
-                )
-            self._cancel = None
-        # The server closes its end after its process has left every list of sessions.
-        self._socket.setblocking(False)
-        with contextlib.suppress(OSError):
-            while await asyncio.get_running_loop().sock_recv(self._socket, 65536):
-                pass
-        self._may_run = False
-        self._socket.close()
-
-    def __del__(self) -> None:
-        self._socket.close()
 
 
 async def _resolved(params: Mapping[str, Any]) -> dict[str, Any]:
@@ -492,6 +561,14 @@ def _check_tools(connection: Any, alias: str) -> None:
 
 def _name(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _forgetting(wire: weakref.ref[Wire]) -> Callable[[int, Any], None]:
+    def forget(oid: int, loader: Any) -> None:
+        if (alive := wire()) is not None:
+            alive.forget_loaders()
+
+    return forget
 
 
 def _are_same(adapters: AdaptersMap, template: AdaptersMap) -> bool:
