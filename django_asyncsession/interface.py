@@ -152,7 +152,8 @@ class DatabaseInterface:
         Raises:
             ConfigurationError: pool options that cannot work.
         """
-        identity = _identity(self._settings_dict)
+        own = self._own_settings
+        identity = _identity(connections.settings[self.alias] if own is None else own)
         loop = asyncio.get_running_loop()
         known, pool = self._pools.get(id(loop), (None, None))
         if pool is not None and known == identity and not pool.closed and pool.loop is loop:
@@ -189,7 +190,7 @@ class DatabaseInterface:
             options=self._pool_options(),
             setting=self._pool_setting,
             is_permanent=lambda e: isinstance(e, ConfigurationError) or of_engine(e),
-            is_quiet=lambda wrapper: wrapper.is_quiet(),
+            is_quiet=self._wrapper_class.is_quiet,
             settle=_settle,
         )
         if (seconds := settings.LEAK_WARNING_SECONDS) is not None:

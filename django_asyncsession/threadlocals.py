@@ -181,6 +181,9 @@ def new() -> Contents | None:
     Raises:
         ConfigurationError: THREAD_LOCALS has a name that leads to none.
     """
+    if not _found.awaited and _found.awaited is not None:
+        # Nothing can come any more.
+        return Contents(_found.locals) if _found.locals else None
     found = _found.all()
     return Contents(found) if found else None
 
@@ -195,25 +198,25 @@ class _Found:
     """The thread-locals that there are, looked up anew when modules have been imported."""
 
     def __init__(self) -> None:
-        self._locals: tuple[threading.local, ...] = ()
+        self.locals: tuple[threading.local, ...] = ()
         # Modules of installed packages that were not imported yet; None before the first look.
-        self._awaited: list[str] | None = None
+        self.awaited: list[str] | None = None
         self._modules = 0
 
     def all(self) -> tuple[threading.local, ...]:
-        if self._awaited is None or (self._awaited and self._modules != len(sys.modules)):
+        if self.awaited is None or (self.awaited and self._modules != len(sys.modules)):
             self._look()
-        return self._locals
+        return self.locals
 
     def forget(self) -> None:
-        self._awaited = None
+        self.awaited = None
 
     def _look(self) -> None:
         locals_ = [local for name in settings.THREAD_LOCALS for local in named(name)]
         locals_ += known()
         self._modules = len(sys.modules)
-        self._awaited = [name for name in KNOWN if _is_awaited(name)]
-        self._locals = tuple({id(local): local for local in locals_}.values())
+        self.awaited = [name for name in KNOWN if _is_awaited(name)]
+        self.locals = tuple({id(local): local for local in locals_}.values())
 
 
 _found = _Found()

@@ -98,6 +98,7 @@ class BridgedMixin(_Wrapper):
     # comes after it, decides by.
     left_to_reset: ClassVar[frozenset[str]] = frozenset(
         {"serving", "lease", "abandoned", "cut", "touched", "reads_only", "_opened"}
+        | {"ran", "ran_since"}
     )
 
     pooled = False
@@ -120,6 +121,8 @@ class BridgedMixin(_Wrapper):
     takes_one = False
     # Something ran that nobody has seen.
     touched = False
+    # Sync code ran in the present lease; since the last statement of a plan.
+    ran = ran_since = False
     # The transaction that ends now is the last thing of its lease: the reset goes along with it.
     ends_lease = False
     # The first word of the first statement that did more than read, in the transaction in progress.
@@ -515,10 +518,39 @@ class BridgedMixin(_Wrapper):
     def begin_lease(self, lease: object) -> None:
         """From now on the connection is a session's, which may do anything with the driver."""
         self.lease = lease
+        self.ran = self.ran_since = False
 
     def note_touched(self) -> None:
         """Note that sync code runs with the connection, or has the driver's: whatever it does with
         it may leave something behind."""
+
+    def note_ran(self) -> None:
+        """Note that sync code runs with the connection, which may leave anything on it."""
+        self.ran = True
+        self.note_touched()
+
+    def direct(self) -> Any:
+        """What runs the statements of plans below the driver's cursor, as a `Wire` does; None where
+        there is nothing, or where something that shall see each statement would not."""
+        return None
+
+    def is_harmless(self, tables: tuple[str, ...]) -> bool | None:
+        """Whether reading these tables leaves nothing on the connection; None when it has to be
+        learned first."""
+        return False
+
+    async def learn_harmless(self, tables: tuple[str, ...]) -> bool:
+        """Ask the server whether reading these tables leaves nothing on the connection; before
+        anything else was sent in a lease.
+
+        Raises:
+            Django's database errors.
+        """
+        return False
+
+    def begin_text(self, options: TransactionOptions) -> bytes:
+        """What begins a transaction with these options, for `direct`."""
+        raise NotImplementedError
 
     def end_streams(self) -> None:
         """Let go of the rows that streaming cursors have not read, when the session's transaction

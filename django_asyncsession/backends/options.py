@@ -54,4 +54,8 @@ class TransactionOptions:
     @property
     def given(self) -> bool:
         """Whether any option differs from the database's default."""
-        return self != TransactionOptions()
+        return self is not NO_OPTIONS and self != NO_OPTIONS
+
+
+# Those of most transactions.
+NO_OPTIONS = TransactionOptions()

@@ -120,6 +120,7 @@ class Plan:
         "params",
         "result_kind",
         "sql",
+        "tables",
         "text",
         "vendor",
     )
@@ -130,6 +131,8 @@ class Plan:
         #: The same with `$1` and so on, as PostgreSQL's protocol takes it.
         self.text = numbered(first.sql)
         self.vendor: str = connection.vendor
+        #: The tables that it reads, as they stand in the text.
+        self.tables = _tables(first.queryset.query, connection)
         self._slots = tuple(b.slot for b in binds)
         #: Makes of the values, and of the current connection, the parameters for a cursor's
         #: `execute`, as Django's compiler does.
@@ -192,6 +195,12 @@ class Plan:
         """Take what makes its results."""
         self.result_kind, self.build, self.convert = found.kind, found.build, found.convert
         self.builder, self._models = found.source, found.models
+
+
+def _tables(query: Any, connection: Any) -> tuple[str, ...]:
+    compiler = query.get_compiler(connection=connection)
+    names = {join.table_name for join in query.alias_map.values()} or {query.model._meta.db_table}
+    return tuple(sorted(map(compiler.quote_name_unless_alias, names)))
 
 
 def _unbuilt(rows: Any, alias: str) -> Any:

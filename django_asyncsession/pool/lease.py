@@ -13,7 +13,6 @@ from typing import Any, Generic, TypeVar
 from django_asyncsession.origins import (
     Site,
     creation_site,
-    task_name,
     task_reference,
 )
 
@@ -37,7 +36,8 @@ class Lease(Generic[C]):
         self.token = object()
         self.site: Site = creation_site()
         self.made_at: Site | str = self.site
-        self.task = task_name()
+        holder = asyncio.current_task()
+        self.task = "no task" if holder is None else holder.get_name()
         if pool.notes_holders:
             self.holder = task_reference()
         pool._leases.add(self)

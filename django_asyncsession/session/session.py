@@ -25,7 +25,7 @@ from django.db import connections
 from django.db.models import Model
 
 from django_asyncsession import installed, parallel, threadlocals  # noqa: F401  Says so if the app is missing.
-from django_asyncsession.backends.options import TransactionOptions
+from django_asyncsession.backends.options import NO_OPTIONS, TransactionOptions
 from django_asyncsession.exceptions import SessionStateError, StreamTimeout
 from django_asyncsession.observe.slow import Watch
 from django_asyncsession.origins import Site, creation_site, made, task_reference
@@ -57,6 +57,8 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 T = TypeVar("T")
+# Options of a session of which none is given.
+NOT_GIVEN = (None,) * 6
 M = TypeVar("M", bound=Model)
 
 
@@ -138,6 +140,8 @@ class Session:
     companions: Companions | None = None
     # It was rolled back, because a stream of it was left unread.
     _given_up = False
+    # Where its connections come from, if not from its database.
+    _source: Source | None = None
 
     def __init__(
         self,
@@ -158,14 +162,8 @@ class Session:
         self.autocommit = autocommit
         self.info: dict[str, Any] = {}
         # Options that cannot be are told here, not at the first statement.
-        self._options = TransactionOptions(
-            isolation=isolation,
-            read_only=read_only,
-            deferrable=deferrable,
-            timeout=timeout,
-            lock_timeout=lock_timeout,
-            idle_timeout=idle_timeout,
-        )
+        given = (isolation, read_only, deferrable, timeout, lock_timeout, idle_timeout)
+        self._options = NO_OPTIONS if given == NOT_GIVEN else TransactionOptions(*given)
         self._begin_on_use = begin_on_use
         self._state = State.NEW
         # Where it was made, or what for, in words for messages.
@@ -344,7 +342,8 @@ class Session:
     ) -> None:
         try:
             if exc is None:
-                self.check_not_given_up()
+                if self._given_up:
+                    self.check_not_given_up()
                 if self._transaction is not None:
                     await self._finish(Transaction.commit, "commit()")
         finally:
@@ -960,7 +959,9 @@ class Session:
             Fallback: it has to be run Django's way.
             Django's database errors.
         """
-        return self._run(planned.fetch, plan, values, self.alias)
+        if (transaction := self._going_on) is not None:
+            return transaction.fetch(plan, values, planned.fetch)
+        return self._in_transaction(lambda own: own.fetch(plan, values, planned.fetch))
 
     @property
     def select(self) -> SelectQuery[Any]:
@@ -1031,7 +1032,7 @@ class Session:
     def _new_transaction(self, autocommit: bool | None = None) -> Transaction:
         mode = self.autocommit if autocommit is None else autocommit
         transaction = self.bind.transaction_class(
-            self._source,
+            self._source or self.bind,
             autocommit=mode,
             site=self.site,
             contents=self.contents,
@@ -1039,11 +1040,6 @@ class Session:
         )
         transaction.session = ref(self)
         return transaction
-
-    @property
-    def _source(self) -> Source:
-        """Where its connections come from."""
-        return self.bind
 
     @property
     def _is_one_statement_mode(self) -> bool:

@@ -21,7 +21,7 @@ from django_asyncsession.interface import databases
 from django_asyncsession.origins import creation_site
 from django_asyncsession.pool.lease import Lease
 from django_asyncsession.session.session import Session
-from django_asyncsession.transactions.checkout import Source, State
+from django_asyncsession.transactions.checkout import State
 
 from .leaks import assert_no_leaks
 from .queries import async_assert_num_queries, capture_on_commit_callbacks, capture_queries
@@ -52,9 +52,9 @@ class OwnSession(Session):
     It needs no `begin()`, and what it did is rolled back at the end of the test.
     """
 
-    @property
-    def _source(self) -> Source:
-        return _Lending(self.bind)
+    def __init__(self, bind: Any, **options: Any) -> None:
+        super().__init__(bind, **options)
+        self._source = _Lending(bind)
 
     def end(self) -> None:
         """Roll back and close without awaiting, whether or not the loop is closed."""

@@ -8,7 +8,7 @@ import contextvars
 import enum
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from typing import Any, NamedTuple, NoReturn, ParamSpec, Protocol, TypeVar
 
@@ -230,6 +230,9 @@ class Checkout:
             if lease is None:
                 lease = await self._take()
             wrapper = lease.connection
+            wrapper.ran_since = True
+            if not wrapper.ran:
+                wrapper.note_ran()
             if self._entered:
                 result: T = await self._run_with(wrapper, fn, args, kwargs)
             else:
@@ -286,6 +289,9 @@ class Checkout:
             The connection.
         """
         wrapper = self.wrapper
+        wrapper.ran_since = True
+        if not wrapper.ran:
+            wrapper.note_ran()
         if not self._entered:
             self._begin(wrapper)
         return wrapper
@@ -321,10 +327,13 @@ class Checkout:
         Raises:
             OperationalError: it took longer.
         """
+        return await self._within(seconds, self.call(fn))
+
+    async def _within(self, seconds: float, what: Coroutine[Any, Any, T]) -> T:
         limit = asyncio.timeout(seconds)
         try:
             async with limit:
-                return await self.call(fn)
+                return await what
         except TimeoutError as exc:
             if not limit.expired():
                 raise
@@ -489,7 +498,9 @@ class Checkout:
         # It was not this side that ended it.
         lost = self._is_unanswered or (gone and not wrapper.cut)
         try:
-            usable = not gone and not nothing_can_wait() and await _reset(wrapper)
+            # As `nothing_can_wait` asks.
+            if not gone and not isinstance(sys.exception(), GeneratorExit):
+                usable = _clean_at_once(wrapper) or await _reset(wrapper)
         finally:
             wrapper.lease = None
             if not usable:
@@ -514,8 +525,6 @@ def _nobody() -> None:
 async def _reset(wrapper: BridgedMixin) -> bool:
     """Whether the connection could be brought back to how it was before."""
     try:
-        if _clean_at_once(wrapper):
-            return True
         async with asyncio.timeout(CLEANUP_BUDGET):
             await bridge.run_with(wrapper, _clean, (wrapper,))
     except Exception as exc:
@@ -530,8 +539,13 @@ def _clean_at_once(wrapper: BridgedMixin) -> bool:
     """Do what `_clean` does, if nothing has to be awaited for it; whether it was done."""
     if wrapper.in_atomic_block or not wrapper.autocommit:
         return False
-    wrapper.scrub()
-    return wrapper.reset_at_once()
+    try:
+        if wrapper.ran:
+            wrapper.scrub()
+        return wrapper.reset_at_once()
+    except Exception:
+        # `_reset` comes to it again.
+        return False
 
 
 def _clean(wrapper: BridgedMixin) -> None:

@@ -9,12 +9,12 @@ from typing import Any
 from django_asyncsession.results import BaseResultSet, MemoryCursor, Reader
 from django_asyncsession.statements import check_one_statement
 
-from .checkout import Checkout
+from .direct import Direct
 
 Params = Sequence[Any] | dict[str, Any] | None
 
 
-class RawSQL(Checkout):
+class RawSQL(Direct):
     """Statements as text, and their results."""
 
     async def execute(self, sql: Any, params: Params = None) -> int:

@@ -26,7 +26,6 @@ from .checkout import (
     CLEANUP_BUDGET,
     Source,
     State,
-    cancels,
     check_loop,
     nothing_can_wait,
     session_closed,
@@ -127,7 +126,8 @@ class Transaction(RawSQL):
         """Begin without awaiting, which is possible because BEGIN is sent with the first
         statement."""
         self._loop = asyncio.get_running_loop()
-        self._begun_by = (asyncio.current_task(), cancels())
+        task = asyncio.current_task()
+        self._begun_by = (task, 0 if task is None else task.cancelling())
         self.state = State.OPEN
         return self
 
@@ -371,12 +371,12 @@ class Transaction(RawSQL):
             self._rollback_wanted = rollback
         else:
             block.rollback_wanted = rollback
-        if self.is_taken:
+        if self._atomic is not None and self.is_taken:
             self.wrapper.set_rollback(rollback)
 
     def get_rollback(self) -> bool:
         """Whether the innermost block will be rolled back at its end."""
-        if not self.is_taken:
+        if self._atomic is None or not self.is_taken:
             return self._rollback_wanted
         return bool(self.wrapper.get_rollback())
 
@@ -430,7 +430,9 @@ class Transaction(RawSQL):
         self._atomic = atomic
         # In a test it is nested in the test's own.
         self._depth = len(wrapper.savepoint_ids), len(wrapper.atomic_blocks)
-        wrapper.needs_rollback = self._rollback_wanted
+        wrapper.needs_rollback = self._rollback_wanted or self._direct_error is not None
+        wrapper.rollback_exc = self._direct_error
+        self._has_begun_directly, self._direct_error = False, None
         self.hooks.hand_over(wrapper)
 
     # The end
@@ -445,10 +447,21 @@ class Transaction(RawSQL):
             ) from cause
         if self._is_rollback_wanted:
             await self._rollback()
+        elif self._has_begun_directly:
+            await self._commit_directly()
         elif self._atomic is None:
             await self._commit_nothing()
         else:
             await self._send_commit(self.wrapper, self._atomic)
+
+    async def _commit_directly(self) -> None:
+        wrapper = self.wrapper
+        if not self.hooks and (direct := wrapper.direct()) is not None:
+            await self._confirmed(wrapper, self._end_directly(direct, wrapper, b"COMMIT"))
+            return
+        await self.call(_nothing)
+        assert self._atomic is not None
+        await self._send_commit(wrapper, self._atomic)
 
     def _reason_to_roll_back(self) -> str | None:
         """Why the transaction must not be committed although nobody asked to roll it back."""
@@ -478,8 +491,9 @@ class Transaction(RawSQL):
 
     @property
     def _is_rollback_wanted(self) -> bool:
-        lease = self.lease
-        return self._rollback_wanted or (lease is not None and lease.connection.is_rollback_wanted)
+        if self._rollback_wanted or self._atomic is None or self.lease is None:
+            return self._rollback_wanted
+        return self.lease.connection.is_rollback_wanted
 
     async def _send_commit(self, wrapper: BridgedMixin, atomic: Atomic) -> None:
         def commit() -> None:
@@ -489,14 +503,21 @@ class Transaction(RawSQL):
 
         # Callbacks still find what the transaction has set.
         wrapper.ends_lease = not wrapper.run_on_commit
+        # For the callbacks: what was written is saved then.
+        wrapper.changed = ""
+        try:
+            await self._confirmed(wrapper, self.call(commit))
+        finally:
+            wrapper.ends_lease = False
+
+    async def _confirmed(self, wrapper: BridgedMixin, commit: Coroutine[Any, Any, None]) -> None:
+        """Await the commit, and say what is known of it when it fails."""
         wrapper.commit_confirmed = False
         # What is sent to a server that has closed the connection does not reach it.
         unreachable = wrapper.has_hung_up()
         self.outcome = Outcome.UNKNOWN
-        # For the callbacks: what was written is saved then.
-        wrapper.changed = ""
         try:
-            await self.call(commit)
+            await commit
         except Error as exc:
             if wrapper.commit_confirmed:
                 raise
@@ -508,7 +529,6 @@ class Transaction(RawSQL):
                 "the data may be saved or not, so look before doing it again"
             ) from exc.__cause__ or exc
         finally:
-            wrapper.ends_lease = False
             if wrapper.commit_confirmed:
                 self.outcome = Outcome.COMMITTED
 
@@ -530,7 +550,9 @@ class Transaction(RawSQL):
         """Roll back within the budget, or close the connection, which rolls back as well."""
         self._rollback_wanted = False
         try:
-            if self._atomic is not None and self.is_taken:
+            if self._has_begun_directly and self.is_taken:
+                await self._roll_back_directly(self.wrapper)
+            elif self._atomic is not None and self.is_taken:
                 await self._send_rollback(self.wrapper, self._atomic)
         except Exception as exc:
             self.wrapper.abandon()
@@ -539,6 +561,13 @@ class Transaction(RawSQL):
             logger.warning("rollback on %r failed, the connection is closed: %s", self.alias, exc)
         finally:
             self.outcome = self.outcome or Outcome.ROLLED_BACK
+
+    async def _roll_back_directly(self, wrapper: BridgedMixin) -> None:
+        direct = None if self.is_lost else wrapper.direct()
+        if direct is None:
+            wrapper.abandon()
+        else:
+            await self._within(CLEANUP_BUDGET, self._end_directly(direct, wrapper, b"ROLLBACK"))
 
     async def _send_rollback(self, wrapper: BridgedMixin, atomic: Atomic) -> None:
         lost = self.is_lost
@@ -580,6 +609,10 @@ class Transaction(RawSQL):
             if self.outcome is Outcome.ROLLED_BACK:
                 await self.hooks.rolled_back(None)
             self.hooks.forget()
+
+
+def _nothing() -> None:
+    """Sync code, for which the transaction is taken over from the wire."""
 
 
 _ending: set[asyncio.Task[None]] = set()

@@ -4,6 +4,7 @@ backend."""
 from __future__ import annotations
 
 import logging
+import time
 import weakref
 from collections.abc import Awaitable, Callable
 from itertools import pairwise
@@ -14,18 +15,26 @@ from django.db.backends.postgresql import base
 from psycopg import pq
 
 from django_asyncsession.backends.base import BridgedMixin, sets_something
-from django_asyncsession.backends.options import TransactionOptions, TransactionState
+from django_asyncsession.backends.options import NO_OPTIONS, TransactionOptions, TransactionState
 from django_asyncsession.backends.sockets import has_hung_up, is_quiet
+from django_asyncsession.observe.slow import Watch
+from django_asyncsession.observe.tools import is_watched
 from django_asyncsession.scanner import PostgreSQLScanner, Scanner
 
 from .connection import RESET, TIMER_SHARE, Connection, _check_tools
 from .cursors import ForOneStatement, _kept_to, _only_reading
+from .facts import KnownFacts
+from .wire import Wire
 
 if TYPE_CHECKING:
     _Base = base.DatabaseWrapper
 else:
     _Base = object
 logger = logging.getLogger("django_asyncsession")
+# What is known of the tables of all databases.
+FACTS = KnownFacts()
+# Sets of tables of which a connection remembers whether reading them leaves something, and seconds.
+MOST_KNOWN, LIFETIME = 1000, 60.0
 STANDARD_STRINGS, OLD_STRINGS = PostgreSQLScanner(), PostgreSQLScanner(standard_strings=False)
 STATES = {
     pq.TransactionStatus.IDLE: TransactionState.IDLE,
@@ -71,10 +80,15 @@ class Mixin(BridgedMixin, _Base):
     multiple_statements = True
     exports_snapshots = True
     connection: Any
+    # The driver's cursors are its own, or Django's.
+    is_plain = False
+    left_to_reset = BridgedMixin.left_to_reset | {"_harmless", "is_plain"}
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._named_cursors: weakref.WeakSet[Any] = weakref.WeakSet()
+        # Of sets of tables, whether reading them leaves nothing, and until when that is believed.
+        self._harmless: dict[tuple[str, ...], tuple[float, bool]] = {}
 
     def get_new_connection(self, conn_params: dict[str, Any]) -> Any:
         connection = super().get_new_connection(conn_params)
@@ -101,7 +115,9 @@ class Mixin(BridgedMixin, _Base):
 
     def start(self, options: TransactionOptions) -> None:
         self._read_only(options)
-        self.connection.began = self.connection.left_by_sql = False
+        # It may have begun below the cursor.
+        self.connection.began = self.transaction_state is not TransactionState.IDLE
+        self.connection.left_by_sql = False
         self.connection.begin_sql = self._begin_sql(options) if options.given else None
 
     def _begin_sql(self, options: TransactionOptions) -> bytes:
@@ -274,9 +290,40 @@ class Mixin(BridgedMixin, _Base):
 
     # The begin and the end of a lease
 
-    def begin_lease(self, lease: object) -> None:
-        super().begin_lease(lease)
-        self.note_touched()
+    def direct(self) -> Wire | None:
+        connection = self.connection
+        wire: Wire | None = connection.wire
+        if wire is None or not self.pooled or wire.is_dead or not self.is_plain:
+            return None
+        if self.execute_wrappers or self.queries_logged or Watch.is_on or is_watched():
+            return None
+        if self.ran_since:
+            # It may have registered loaders, or set what they go by.
+            self.ran_since = False
+            wire.forget_loaders()
+        return wire
+
+    def is_harmless(self, tables: tuple[str, ...]) -> bool | None:
+        until, harmless = self._harmless.get(tables, (0.0, False))
+        if until > time.monotonic():
+            return harmless
+        # Names mean to a connection that something was set on what they mean to no other.
+        return None if self.connection.clean else False
+
+    async def learn_harmless(self, tables: tuple[str, ...]) -> bool:
+        names = ("HOST", "PORT", "NAME", "USER")
+        database = (self.alias, *(self.settings_dict[name] for name in names))
+        facts = await FACTS.look_up(self.connection.wire, database, tables)
+        harmless = all(table in facts and facts[table].reads for table in tables)
+        if len(self._harmless) >= MOST_KNOWN:
+            self._harmless.clear()
+        self._harmless[tables] = time.monotonic() + LIFETIME, harmless
+        return harmless
+
+    def begin_text(self, options: TransactionOptions) -> bytes:
+        if options is not NO_OPTIONS:
+            return self._begin_sql(options)
+        return self.connection._get_tx_start_command()  # type: ignore[no-any-return]
 
     def note_touched(self) -> None:
         if self.pooled and self.connection is not None:
@@ -291,6 +338,9 @@ class Mixin(BridgedMixin, _Base):
             own.append(self.compose("SET ROLE %s", [role]))
         self.connection.set_up = "".join(f"\n; {text}" for text in own + self.set_up)
         self.connection.prepares_again = "prepare" in self.connection.set_up.lower()
+        # Cursors of a tool's, which shall see each statement.
+        kinds = (self.connection.cursor_factory, self.connection.row_factory)
+        self.is_plain = all(kind.__module__.startswith(("django.", "psycopg")) for kind in kinds)
         # An engine's own class says if its server has others.
         self.connection.reset_statements = getattr(self, "reset_statements", RESET)
         self.connection.clean = True

@@ -253,6 +253,10 @@ class Connection(psycopg.Connection[Any]):
     def set_autocommit(self, value: bool) -> None:
         if self.wrapper is not None and (wrapper := self.wrapper()) is not None:
             wrapper.check_served()
+        if self.began and not value:
+            # The wire has sent BEGIN: Django's code goes on in that transaction.
+            self._autocommit = False
+            return
         for _ in self._set_autocommit_gen(value):
             raise AssertionError("setting autocommit waits for nothing")
 
