@@ -213,6 +213,8 @@ class Checkout:
             mark = inside.set((*inside.get(), turn.mark))
         else:
             mark = await self.take_turn()
+        # It keeps its exception, whose traceback keeps this frame.
+        del task
         try:
             return await self.call(fn, args, kwargs)
         finally:
@@ -342,8 +344,8 @@ class Checkout:
                 f"{self.alias!r} did not answer within {seconds} s, so its connection is closed"
             ) from exc
         finally:
-            # It keeps the task, which keeps its exception, whose traceback keeps this frame.
-            del limit
+            # They keep the task, which keeps its exception, whose traceback keeps this frame.
+            del limit, what
 
     def stop(self, error: Exception) -> None:
         """Cut the call that another task has running; it raises `error`."""

@@ -529,6 +529,8 @@ class Transaction(RawSQL):
                 "the data may be saved or not, so look before doing it again"
             ) from exc.__cause__ or exc
         finally:
+            # An error's traceback keeps this frame, and this the frames of the coroutine.
+            del commit
             if wrapper.commit_confirmed:
                 self.outcome = Outcome.COMMITTED
 
