@@ -22,7 +22,7 @@ CODE = sorted(
     if "migrations" not in path.parts
 )
 
-TESTS = sorted((ROOT / "tests").glob("test_*.py"))
+TESTS = sorted((ROOT / "tests").rglob("test_*.py"))
 # Fixtures of tests that commit, where most have the transaction of the toolkit.
 COMMITTING = {"real_database", "real_session", "empty_tables", "empty_database"}
 

@@ -1,1 +1,1 @@
-"""Tests of the backends, below sessions."""
+"""Tests of what differs between databases, and of what all connections keep."""

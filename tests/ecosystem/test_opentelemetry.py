@@ -1,5 +1,5 @@
 """OpenTelemetry's instrumentations of psycopg and of Django: one span for each statement, where it
-belongs, and nothing that is lost."""
+belongs, and nothing that is lost. On real connections of the pools, which it instruments."""
 
 from __future__ import annotations
 

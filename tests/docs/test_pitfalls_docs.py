@@ -21,7 +21,7 @@ from django.utils import timezone, translation
 from django_asyncsession import DatabaseInterface, conf, threadlocals
 from django_asyncsession.bridge import await_
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 PAGE = (TESTS.parent / "docs" / "pitfalls.rst").read_text(encoding="utf-8")
 CODE = re.compile(r"^\.\. code-block:: python\n\n((?:   .*\n|\n)+)", re.MULTILINE)
 BLOCKS = [dedent(block) for block in CODE.findall(PAGE)]
@@ -130,7 +130,8 @@ def test_every_sentence_is_shown(sentence: str) -> None:
     assert len(shown) == 1, sentence
     for name in shown[0].split():
         module, test = name.split(".")
-        tree = ast.parse((TESTS / f"{module}.py").read_text(encoding="utf-8"))
+        (path,) = TESTS.rglob(f"{module}.py")
+        tree = ast.parse(path.read_text(encoding="utf-8"))
         assert test in {getattr(node, "name", None) for node in tree.body}
 
 

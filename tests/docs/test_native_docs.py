@@ -15,7 +15,7 @@ from django.test import override_settings
 from django_asyncsession import DatabaseInterface, conf, native
 from tests.models import Author, Book
 
-PAGE = (Path(__file__).parent.parent / "docs" / "native.rst").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "native.rst").read_text(encoding="utf-8")
 FOUND = re.findall(r"^\.\. code-block:: python\n\n((?:   .*\n|\n)+)", PAGE, re.MULTILINE)
 BLOCKS = [dedent(block) for block in FOUND]
 

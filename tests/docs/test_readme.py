@@ -23,7 +23,7 @@ import testproject.shop.models
 from django_asyncsession import conf, databases
 from testproject.shop.models import Author, Book
 
-README = Path(__file__).parent.parent / "README.rst"
+README = Path(__file__).parents[2] / "README.rst"
 SOURCE = README.read_text(encoding="utf-8")
 
 

@@ -26,8 +26,8 @@ from django_asyncsession.testing import (
     capture_on_commit_callbacks,
     capture_queries,
 )
-from tests import test_testing
 from tests.models import User
+from tests.testing import test_testing
 
 COUNT = "SELECT count(*) FROM tests_user"
 ran: list[str] = []

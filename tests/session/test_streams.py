@@ -45,7 +45,7 @@ def growth(alias: str, way: str, loop: str) -> int:
         text=True,
         timeout=100,
         env=env,
-        cwd=Path(__file__).parent.parent,
+        cwd=Path(__file__).parents[2],
     )
     assert done.returncode == 0, done.stderr
     return int(done.stdout)

@@ -33,7 +33,7 @@ from django_asyncsession import (
 from django_asyncsession.native.sessions import current
 from django_asyncsession.testing import AsyncSessionTestCase
 from tests.models import Author
-from tests.test_interface import dsn_of_tests
+from tests.postgres import dsn_of_tests
 
 OURS = "django_asyncsession.middleware.AsyncSessionMiddleware"
 # What a view leaves behind.

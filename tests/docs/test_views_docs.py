@@ -18,7 +18,7 @@ import testproject.shop.models
 from django_asyncsession import Session, databases, views
 from testproject.shop.models import Author, Book
 
-PAGE = (Path(__file__).parent.parent / "docs" / "views.rst").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "views.rst").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^( *)\.\. code-block:: python\n\n((?:\1   .*\n|\n)+)", PAGE, re.MULTILINE)
 PAGES = {"shop/book_list.html": "{{ book_list|length }}", "catalogue.html": "{{ books|length }}"}
 TEMPLATES = [

@@ -11,7 +11,7 @@ import pytest
 
 from django_asyncsession import pytest_plugin, testing
 
-PAGE = (Path(__file__).parent.parent / "docs" / "testing.rst").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "testing.rst").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^\.\. code-block:: python\n\n((?:   .*\n|\n)+)", PAGE, re.MULTILINE)
 
 

@@ -15,7 +15,7 @@ from asgiref.testing import ApplicationCommunicator
 
 from django_asyncsession import AsyncCommand, SessionConsumer, databases
 
-PAGE = (Path(__file__).parent.parent / "docs" / "recipes.rst").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "recipes.rst").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^\.\. code-block:: python\n\n((?:   .*\n|\n)+)", PAGE, re.MULTILINE)
 NAMES = ("AsyncCommand", "background_session", "SessionConsumer", "rollback_request")
 

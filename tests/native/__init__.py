@@ -1,0 +1,1 @@
+"""Tests of native mode: Django's own async methods in the current session."""

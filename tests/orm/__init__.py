@@ -1,0 +1,1 @@
+"""Tests of models as tables: columns, queries, and rows that are written."""

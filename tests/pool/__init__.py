@@ -1,0 +1,1 @@
+"""Tests of the pool, with fake connections and with real ones."""

@@ -1,0 +1,1 @@
+"""Tests of transactions: who has the turn, nested blocks, levels, and how they end."""
