@@ -42,6 +42,14 @@ async def names(db: DatabaseInterface) -> list[str]:
         return [row[0] for row in await session.fetch_all("SELECT name FROM tests_user ORDER BY 1")]
 
 
+async def two_rows(db: DatabaseInterface) -> None:
+    """A session that saves the names "a" and, in a block, "b"."""
+    async with db.get_session() as session:
+        await session.execute(INSERT, ["a"])
+        async with session.begin_nested():
+            await session.execute(INSERT, ["b"])
+
+
 async def whole(db: DatabaseInterface) -> None:
     """Assert that every connection of the pool can be had at the same moment, and none is in a
     transaction."""

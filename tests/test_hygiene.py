@@ -23,6 +23,11 @@ CODE = sorted(
 )
 
 TESTS = sorted((ROOT / "tests").rglob("test_*.py"))
+LONGEST_TEST_FILE = 900
+# Still to be split.
+TOO_LONG = {"test_postgresql.py"}
+# Of folders of tests, those that are of no room of the package.
+NO_ROOMS = {"docs", "ecosystem", "testproject"}
 # Fixtures of tests that commit, where most have the transaction of the toolkit.
 COMMITTING = {"real_database", "real_session", "empty_tables", "empty_database"}
 
@@ -99,3 +104,20 @@ def test_tests_that_commit_say_why(path: Path) -> None:
     used = {n.value for n in nodes if isinstance(n, ast.Constant) and path != Path(__file__)}
     words = re.findall(r"\w+", ast.get_docstring(tree(path)) or "")
     assert not COMMITTING & (named | used) or "real" in words
+
+
+@pytest.mark.parametrize("path", TESTS, ids=identify)
+def test_no_test_file_is_too_long(path: Path) -> None:
+    lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert lines <= LONGEST_TEST_FILE or path.name in TOO_LONG
+
+
+def test_the_folders_of_tests_are_named_like_the_rooms_of_the_package() -> None:
+    folders = {path.parent.relative_to(ROOT / "tests") for path in TESTS} - {Path()}
+    package = ROOT / "django_asyncsession"
+    rooms = {path.relative_to(package).with_suffix("") for path in package.rglob("*")}
+    assert not {folder for folder in folders - rooms if str(folder) not in NO_ROOMS}
+
+
+def test_the_name_of_a_test_file_is_there_once() -> None:
+    assert len({path.name for path in TESTS}) == len(TESTS)

@@ -18,7 +18,7 @@ import httpx
 import pytest
 
 from tests.faults import OwnServer
-from tests.test_testproject import answers, free_port
+from tests.testproject.shop import answers, free_port
 
 ROOT = Path(__file__).parents[2]
 # One worker of a parallel run makes the tenants, which takes longer than the tests do.

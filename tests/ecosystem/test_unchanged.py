@@ -12,7 +12,7 @@ import pytest
 from tests.ecosystem.tools import TOOLS, environment
 
 ROOT = Path(__file__).parents[2]
-FILES = ["tests/test_seed.py", "tests/test_testproject.py"]
+FILES = ["tests/test_seed.py", "tests/testproject"]
 # django-tenants migrates PostgreSQL only.
 ONLY = {"tenants": ["-k", "not sqlite and not mysql"]}
 

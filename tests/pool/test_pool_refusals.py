@@ -122,7 +122,7 @@ async def test_all_are_told_when_the_server_is_down_for_reconnect_timeout() -> N
 async def test_a_failure_long_ago_does_not_count_as_a_long_failure(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(pool_module, "BACKOFF_MAX", 0.05)
+    monkeypatch.setattr("django_asyncsession.pool.opening.BACKOFF_MAX", 0.05)
     async with pool_of(max_size=1, reconnect_timeout=0.3, timeout=30) as (pool, server):
         server.error = [OSError("first")]
         with pytest.raises(OSError, match="first"):

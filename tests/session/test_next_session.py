@@ -8,38 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from django.db import Error, IntegrityError, connections
-from django.db.backends.postgresql.base import DatabaseWrapper as PostgreSQL
-from django.db.backends.signals import connection_created
+from django.db import Error, connections
 from django.db.transaction import TransactionManagementError
 from django.db.utils import ConnectionHandler
 
 from django_asyncsession import DatabaseInterface, Session
-from django_asyncsession.backends.postgresql.connection import RESET
-from tests.postgres import ask, dsn_of_tests
-
-TENANT = "customer A"
-Way = Callable[[Session], Awaitable[Any]]
-
-
-def sql(*statements: str) -> Way:
-    async def run(session: Session) -> None:
-        for statement in statements:
-            await session.execute(statement)
-
-    return run
-
-
-def sync(fn: Callable[[Any], Any]) -> Way:
-    async def run(session: Session) -> None:
-        await session.run_sync(lambda: fn(connections[session.alias]))
-
-    return run
+from tests.postgres import dsn_of_tests
+from tests.session.leaky import MODES, PG_PROBE, TENANT, Way, carried, sql, sync
 
 
 def drivers_ways(statement: str) -> dict[str, Way]:
@@ -74,79 +54,9 @@ def drivers_ways(statement: str) -> dict[str, Way]:
     }
 
 
-async def carried(
-    db: DatabaseInterface, way: Way, probe: str, mode: str, connections_stay: bool = True
-) -> tuple[Any, Any]:
-    """What the probe says in a first session, and in one on the same connection after the way."""
-    async with db.get_session() as session:
-        before = await session.fetch_all(probe)
-    if mode == "autocommit":
-        async with db.get_session(autocommit=True) as session:
-            await way(session)
-    else:
-        # A script of SQLite's driver ends the transaction, which is told.
-        with contextlib.suppress(ZeroDivisionError, TransactionManagementError):
-            async with db.get_session() as session:
-                if mode == "callback":
-                    session.on_commit(lambda: None)
-                await way(session)
-                if mode == "rollback":
-                    raise ZeroDivisionError
-    async with db.get_session() as session:
-        after = await session.fetch_all(probe)
-    if connections_stay:
-        assert db.stats()["connections_num"] == 1 and db.stats()["returns_bad"] == 0
-    return [list(row.values()) for row in before], [list(row.values()) for row in after]
-
-
-MODES = pytest.mark.parametrize("mode", ["commit", "rollback", "autocommit", "callback"])
-
 # PostgreSQL
 
-SET = (
-    f"PERFORM set_config('app.tenant', '{TENANT}', false); "
-    "PERFORM set_config('search_path', 'pg_catalog', false); "
-    "PERFORM pg_advisory_lock(4711)"
-)
-PG_SCHEMA = f"""
-CREATE SCHEMA leaky;
-CREATE FUNCTION leaky.keeps(value anyelement) RETURNS anyelement LANGUAGE plpgsql AS
-    $$ BEGIN {SET}; EXECUTE 'LISTEN tenant'; RETURN value; END $$;
-CREATE FUNCTION leaky.lower(value text) RETURNS text LANGUAGE plpgsql AS
-    $$ BEGIN {SET}; RETURN value; END $$;
-CREATE FUNCTION leaky.says_it_is_immutable(value int) RETURNS int IMMUTABLE LANGUAGE plpgsql AS
-    $$ BEGIN {SET}; RETURN value; END $$;
-CREATE FUNCTION leaky.trigger() RETURNS trigger LANGUAGE plpgsql AS
-    $$ BEGIN {SET}; CREATE TEMP TABLE IF NOT EXISTS tenant AS SELECT 1; RETURN NEW; END $$;
-CREATE FUNCTION leaky.same(a int, b text) RETURNS bool LANGUAGE plpgsql AS
-    $$ BEGIN {SET}; RETURN true; END $$;
-CREATE FUNCTION leaky.prepares() RETURNS int LANGUAGE plpgsql AS
-    $$ BEGIN EXECUTE 'PREPARE tenant AS SELECT 1'; RETURN 1; END $$;
-CREATE OPERATOR leaky.=== (LEFTARG = int, RIGHTARG = text, FUNCTION = leaky.same);
-CREATE DOMAIN leaky.number AS int CHECK (leaky.says_it_is_immutable(VALUE) > 0);
-CREATE PROCEDURE leaky.call() LANGUAGE plpgsql AS $$ BEGIN {SET}; END $$;
-CREATE TABLE leaky.plain (n int);
-CREATE VIEW leaky.view AS SELECT leaky.keeps(1) AS n;
-CREATE TABLE leaky.defaults (n int, m int DEFAULT leaky.keeps(1));
-CREATE TABLE leaky.generated (
-    n int, m int GENERATED ALWAYS AS (leaky.says_it_is_immutable(n)) STORED
-);
-CREATE TABLE leaky.domains (n leaky.number);
-CREATE TABLE leaky.checks (n int CHECK (leaky.says_it_is_immutable(n) > 0));
-CREATE TABLE leaky.indexed (n int);
-CREATE INDEX ON leaky.indexed (leaky.says_it_is_immutable(n));
-CREATE TABLE leaky.triggers (n int);
-CREATE TRIGGER t BEFORE INSERT ON leaky.triggers FOR EACH ROW EXECUTE FUNCTION leaky.trigger();
-CREATE TABLE leaky.deferred (n int);
-CREATE CONSTRAINT TRIGGER t AFTER INSERT ON leaky.deferred DEFERRABLE INITIALLY DEFERRED
-    FOR EACH ROW EXECUTE FUNCTION leaky.trigger();
-CREATE TABLE leaky.rules (n int);
-CREATE RULE r AS ON INSERT TO leaky.rules DO ALSO SELECT leaky.keeps(1);
-CREATE TABLE leaky.sequences (n serial);
-CREATE AGGREGATE leaky.count (int) (
-    SFUNC = int4pl, STYPE = int, FINALFUNC = leaky.says_it_is_immutable
-);
-"""
+
 PG_WAYS: dict[str, Way] = {
     "function": sql("SELECT leaky.keeps(1)"),
     "function named like a known one": sql("SELECT leaky.lower('A')"),
@@ -171,148 +81,6 @@ PG_WAYS: dict[str, Way] = {
     "pipeline": sync(lambda connection: _pipeline(connection)),
     **drivers_ways(f"SELECT set_config('app.tenant', '{TENANT}', false), pg_advisory_lock(4711)"),
 }
-PG_PROBE = """
-SELECT coalesce(current_setting('app.tenant', true), ''), current_setting('search_path'),
-    (SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid()),
-    (SELECT count(*) FROM pg_listening_channels()), to_regclass('pg_temp.tenant') IS NULL,
-    (SELECT count(*) FROM pg_prepared_statements WHERE from_sql), pg_backend_pid(),
-    current_setting('TimeZone')
-"""
-
-
-async def test_connections_of_libpq_are_reset_too(leaky_postgresql: None) -> None:
-    """What is sent with the driver's lowest calls alone, in a session without any statement."""
-    db = DatabaseInterface.from_dsn(dsn_of_tests(pool_max_size=1), alias="own")
-    said: list[str] = []
-
-    def send() -> None:
-        server = connections["own"].connection.pgconn
-        server.exec_(b"SELECT set_config('app.tenant', 'A', false)")
-        server.notice_handler = server.notify_handler = lambda *args: said.append("heard")
-
-    async with db:
-        for autocommit in (True, False):
-            async with db.get_session(autocommit=autocommit) as session:
-                await session.run_sync(send)
-            async with db.get_session() as session:
-                assert not await session.fetch_value("SELECT current_setting('app.tenant', true)")
-                await session.execute("DO $$ BEGIN RAISE WARNING 'of another tenant'; END $$")
-        assert db.stats()["connections_num"] == 1
-    assert not said
-
-
-@pytest.mark.parametrize(
-    "reading",
-    [
-        "SELECT 1",
-        "SET standard_conforming_strings = off",
-        "SELECT set_config('standard_conforming_strings', 'off', false)",
-        "SET client_encoding = 'LATIN1'",
-        "SET client_encoding = 'SQL_ASCII'",
-    ],
-)
-@MODES
-async def test_what_connecting_has_set_is_there_however_the_lease_let_the_server_read(
-    leaky_postgresql: None, reading: str, mode: str
-) -> None:
-    """Also behind a comment, a semicolon, and with letters and backslashes of all kinds."""
-
-    def receive(connection: Any, **kwargs: Any) -> None:
-        if connection.alias == "own":
-            with connection.cursor() as cursor:
-                cursor.execute("SET app.one = 'one' -- the first")
-                cursor.execute(r"SET app.path = 'C:\new\'; /* ; */")
-                cursor.execute("SET app.city = '\u6771\u4eac'; SET app.last = %s", ["'; \\"])
-
-    names = ("one", "path", "city", "last")
-    probe = "SELECT " + ", ".join(f"current_setting('app.{name}')" for name in names)
-    connection_created.connect(receive)
-    try:
-        db = DatabaseInterface.from_dsn(dsn_of_tests(pool_max_size=1), alias="own")
-        async with db:
-            before, after = await carried(db, sql(reading), probe, mode)
-    finally:
-        connection_created.disconnect(receive)
-    assert before == after == [["one", "C:\\new\\", "\u6771\u4eac", "'; \\"]]
-
-
-@pytest.mark.parametrize("autocommit", [False, True], ids=["transaction", "autocommit"])
-async def test_statements_of_the_driver_that_a_function_has_dropped_are_prepared_anew(
-    leaky_postgresql: None, autocommit: bool
-) -> None:
-    db = DatabaseInterface.from_dsn(dsn_of_tests(pool_max_size=1), alias="own")
-    db._own_settings["OPTIONS"].update(prepare_threshold=0, server_side_binding=True)  # type: ignore[index]
-    async with db:
-        for statement in ("SELECT 1", "DO $$ BEGIN EXECUTE 'DEALLOCATE ALL'; END $$", "SELECT 1"):
-            async with db.get_session(autocommit=autocommit) as session:
-                await session.fetch_value("SELECT 1 + %s", [1])
-                await session.execute(statement)
-        assert db.stats()["connections_num"] == 1
-
-
-async def test_what_a_receiver_prepares_stays(leaky_postgresql: None) -> None:
-    def receive(connection: Any, **kwargs: Any) -> None:
-        if connection.alias == "own":
-            with connection.cursor() as cursor:
-                cursor.execute("PREPARE answer AS SELECT 42")
-
-    db = DatabaseInterface.from_dsn(dsn_of_tests(pool_max_size=1), alias="own")
-    db._own_settings["OPTIONS"].update(prepare_threshold=0, server_side_binding=True)  # type: ignore[index]
-    connection_created.connect(receive)
-    try:
-        async with db:
-            for _ in range(3):
-                async with db.get_session() as session:
-                    assert await session.fetch_value("SELECT 1 + %s", [1]) == 2
-                    assert await session.fetch_value("EXECUTE answer") == 42
-            assert db.stats()["connections_num"] == 1
-    finally:
-        connection_created.disconnect(receive)
-
-
-async def test_values_bound_by_the_server_are_in_no_text_of_a_reset(
-    leaky_postgresql: None,
-) -> None:
-    def receive(connection: Any, **kwargs: Any) -> None:
-        if connection.alias == "own":
-            with connection.cursor() as cursor:
-                cursor.execute("SELECT set_config('app.key', %s, false)", ["s3cret"])
-
-    db = DatabaseInterface.from_dsn(dsn_of_tests(pool_max_size=1), alias="own")
-    db._own_settings["OPTIONS"].update(server_side_binding=True)  # type: ignore[index]
-    connection_created.connect(receive)
-    try:
-        async with db:
-            for _ in range(3):
-                async with db.get_session() as session:
-                    pid = await session.fetch_value("SELECT pg_backend_pid()")
-                    assert await session.fetch_value("SHOW app.key") == "s3cret"
-                [[last]] = ask("SELECT query FROM pg_stat_activity WHERE pid = %s", pid)
-                assert "s3cret" not in last
-            assert db.stats()["connections_num"] == 1
-    finally:
-        connection_created.disconnect(receive)
-
-
-async def test_an_engine_says_which_reset_its_server_has(
-    leaky_postgresql: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Of one that has not all of PostgreSQL's statements the log says which, and the remedy."""
-    kept = [statement for statement in RESET if "SEQUENCES" not in statement]
-    for statements, connections_num in (([*kept, "DISCARD NOTHING"], 2), (kept, 1)):
-        monkeypatch.setattr(PostgreSQL, "reset_statements", tuple(statements), raising=False)
-        caplog.clear()
-        db = DatabaseInterface.from_dsn(dsn_of_tests(pool_max_size=1), alias="own")
-        async with db:
-            for _ in range(2):
-                async with db.get_session() as session:
-                    await session.execute("SELECT leaky.keeps(1)")
-            async with db.get_session() as session:
-                assert await session.fetch_value("SHOW search_path") != "pg_catalog"
-            said = caplog.text
-            assert ("set reset_statements of the engine" in said) == (connections_num > 1)
-            assert ('"NOTHING"' in said) == (connections_num > 1)
-            assert (db.stats()["connections_num"] > 1) == (connections_num > 1)
 
 
 def _copy(connection: Any) -> None:
@@ -325,17 +93,6 @@ def _pipeline(connection: Any) -> None:
         connection.connection.execute("SELECT leaky.keeps(1)")
 
 
-@pytest.fixture(scope="module")
-def leaky_postgresql(test_databases: None, django_db_blocker: Any) -> Any:
-    with django_db_blocker.unblock(), connections["default"].cursor() as cursor:
-        cursor.execute(PG_SCHEMA)
-    connections["default"].close()
-    yield
-    with django_db_blocker.unblock(), connections["default"].cursor() as cursor:
-        cursor.execute("DROP SCHEMA leaky CASCADE")
-    connections["default"].close()
-
-
 @MODES
 @pytest.mark.parametrize("way", PG_WAYS)
 async def test_postgresql(leaky_postgresql: None, way: str, mode: str) -> None:
@@ -346,98 +103,8 @@ async def test_postgresql(leaky_postgresql: None, way: str, mode: str) -> None:
     assert before == after
 
 
-async def test_what_the_driver_has_prepared_is_kept_but_not_what_sql_has(
-    leaky_postgresql: None,
-) -> None:
-    dsn = dsn_of_tests(pool_max_size=1, prepare_threshold=1)
-    db = DatabaseInterface.from_dsn(dsn, alias="own")
-    db._own_settings["OPTIONS"].update(prepare_threshold=0, server_side_binding=True)  # type: ignore[index]
-    count = "SELECT count(*) FROM pg_prepared_statements WHERE from_sql = %s"
-    async with db:
-        for statement in ("SELECT 1", "SELECT leaky.prepares()", "PREPARE tenant AS SELECT 2"):
-            for autocommit in (False, True):
-                async with db.get_session(autocommit=autocommit) as session:
-                    await session.fetch_value(count, [True])
-                    await session.execute(statement)
-                async with db.get_session() as session:
-                    assert await session.fetch_value(count, [True]) == 0
-                    kept = await session.fetch_value(count, [False])
-                    assert kept > 1 or "prepare" in statement.lower()
-        assert db.stats()["connections_num"] == 1
-
-
-async def test_a_commit_that_fails_is_told_as_ever_and_leaves_nothing(
-    leaky_postgresql: None,
-) -> None:
-    db = DatabaseInterface.from_dsn(dsn_of_tests(pool_max_size=1), alias="own")
-    async with db:
-        async with db.get_session() as session:
-            before = await session.fetch_all(PG_PROBE)
-        with pytest.raises(IntegrityError, match="duplicate key"):
-            async with db.get_session() as session:
-                await session.execute("SELECT leaky.keeps(1)")
-                await session.execute(
-                    "CREATE TABLE leaky.once (n int UNIQUE DEFERRABLE INITIALLY DEFERRED)"
-                )
-                await session.execute("INSERT INTO leaky.once VALUES (1), (1)")
-        async with db.get_session() as session:
-            after = await session.fetch_all(PG_PROBE)
-        assert [list(row.values()) for row in before] == [list(row.values()) for row in after]
-
-
-@pytest.mark.parametrize("autocommit", [False, True], ids=["transaction", "autocommit"])
-async def test_a_reset_that_fails_closes_the_connection_and_what_was_committed_holds(
-    leaky_postgresql: None, autocommit: bool
-) -> None:
-    """The session hears nothing of it, and the next one gets a connection that works."""
-    db = DatabaseInterface.from_dsn(dsn_of_tests(pool_max_size=1), alias="own")
-    set_up = []
-
-    def receive(connection: Any, **kwargs: Any) -> None:
-        if connection.alias == "own" and not set_up:
-            set_up.append(connection)
-            with connection.cursor() as cursor:
-                cursor.execute("CREATE FUNCTION leaky.set_up() RETURNS int LANGUAGE SQL RETURN 1")
-                cursor.execute("SELECT leaky.set_up()")
-
-    connection_created.connect(receive)
-    try:
-        async with db:
-            async with db.get_session() as session:
-                await session.execute("DELETE FROM leaky.plain")
-            assert db.stats()["connections_num"] == 1
-            async with db.get_session(autocommit=autocommit) as session:
-                await session.execute_script(
-                    "DROP FUNCTION leaky.set_up; INSERT INTO leaky.plain VALUES (1)"
-                )
-            async with db.get_session() as session:
-                assert await session.fetch_value("SELECT count(*) FROM leaky.plain") == 1
-            assert db.stats()["connections_num"] == 2
-    finally:
-        connection_created.disconnect(receive)
-
-
-async def test_callbacks_of_the_commit_still_find_what_the_transaction_has_set(
-    leaky_postgresql: None,
-) -> None:
-    db = DatabaseInterface.from_dsn(dsn_of_tests(pool_max_size=1), alias="own")
-    seen = []
-
-    def callback() -> None:
-        with connections["own"].cursor() as cursor:
-            cursor.execute("SHOW search_path")
-            seen.append(cursor.fetchone()[0])
-
-    async with db:
-        async with db.get_session() as session:
-            await session.execute("SET search_path = leaky")
-            session.on_commit(callback)
-        async with db.get_session() as session:
-            seen.append(await session.fetch_value("SHOW search_path"))
-    assert seen[0] == "leaky" != seen[1]
-
-
 # MariaDB
+
 
 MY_SET = (
     f"SET @tenant = '{TENANT}'; SET SESSION sql_mode = 'ANSI'; "
@@ -515,6 +182,7 @@ async def test_mysql(leaky_mysql: None, way: str, mode: str) -> None:
 
 
 # SQLite
+
 
 LITE_SCHEMA = """
 CREATE TABLE plain (n);
@@ -596,6 +264,7 @@ async def test_a_setting_of_the_options_that_a_session_repeats_is_noticed_too(
 
 
 # Ends of a session of all kinds
+
 
 SLOW = {
     "postgresql": "SELECT pg_sleep(60)",
