@@ -30,11 +30,11 @@ from django_asyncsession.backends.postgresql import wire as wires
 from django_asyncsession.backends.postgresql.connection import Connection
 from django_asyncsession.backends.postgresql.wire import Wire
 from django_asyncsession.pool.lease import Lease
+from tests.backends.test_descriptors import Writer
 from tests.faults import RESET, SERVER, FaultProxy, LoopProbe, address, cancel_at, outcome_of
 from tests.faults import watchdog as frozen_after
 from tests.postgres import ask, dsn_of_tests, gone, new_name, sessions_of
 from tests.sessions import soon
-from tests.test_descriptors import Writer
 
 PID = b"SELECT pg_backend_pid()"
 ONE = b"SELECT 1 + $1::int"

@@ -1,0 +1,1 @@
+"""Tests of plans: shapes, what is shown of them, and what they give."""

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from django_asyncsession.exceptions import PoolTimeout
-from django_asyncsession.pool import pool as pool_module
 from django_asyncsession.pool.lease import Lease
 from django_asyncsession.pool.pool import Pool
 from tests.faults import Elapsed, outcome_of

@@ -12,7 +12,7 @@ from asgiref.testing import ApplicationCommunicator
 
 from django_asyncsession import asgi
 
-PAGE = (Path(__file__).parent.parent / "docs" / "asgi.rst").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "asgi.rst").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^\.\. code-block:: python\n\n((?:   .*\n|\n)+)", PAGE, re.MULTILINE)
 
 
