@@ -296,9 +296,10 @@ class Reader:
         pgconn = self._pgconn
         while (note := pgconn.notifies()) is not None:
             self._notes.append(note)
-        self._fut = None
+        # Whoever asked for it may keep it; an idle connection does not.
+        self._fut, results, self._results = None, self._results, []
         if not fut.done():
-            fut.set_result(self._results)
+            fut.set_result(results)
 
     def _take(self) -> bool:
         """Take the results that are there; whether they are all."""

@@ -76,12 +76,10 @@ class Wire(Reader):
             prepare: keep it on the server, the last hundred at most.
             begin: what to run before it, such as BEGIN: statements divided by semicolons, with
                 none in their values. When they fail nothing else runs.
-            harmless: it is known to leave nothing on the connection, so that no reset is needed
-                after it, and no loader to be looked up anew.
+            harmless: it is known to leave nothing on the connection.
 
         Raises:
-            django.db.Error: what the server says, or that the connection is lost; the cause is
-                psycopg's. A connection that is not lost is in the state that the server reports.
+            django.db.Error: what the server says, or that it is lost; the cause is psycopg's.
             asyncio.CancelledError, GeneratorExit: the connection is closed.
         """
         name = self._statements.get(sql)
