@@ -76,12 +76,14 @@ async def test_an_error_of_the_database_is_the_transaction_s(
             assert (await session.get_one(User, 1)).level == 1
         (entry,) = cache.of(session.alias)._entries
         assert entry.plan is not None
-        text, entry.plan.sql = entry.plan.sql, "SELECT no_such_column FROM tests_user WHERE id = %s"
+        plan = entry.plan
+        texts, wrong = (plan.sql, plan.text), "SELECT no_such_column FROM tests_user WHERE id = "
+        plan.sql, plan.text = f"{wrong}%s", f"{wrong}$1".encode()
         async with session.begin_nested() as savepoint:
             with pytest.raises((ProgrammingError, OperationalError), match="no_such_column"):
                 await session.get(User, 1)
             await savepoint.rollback()
-        entry.plan.sql = text
+        plan.sql, plan.text = texts
         assert (await session.get_one(User, 1)).level == 1
 
 
