@@ -16,7 +16,8 @@ from django_asyncsession.exceptions import UnboundedQueryError
 
 from . import writes
 from .columns import Column, Computed, Setter
-from .queries import Runner, SelectQuery, Source, _Filtered, _Query, _source
+from .filtered import Runner, _Filtered, _Query
+from .queries import SelectQuery, Source, _source
 from .writes import Conflict, excluded, path_of
 
 

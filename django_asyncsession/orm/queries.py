@@ -7,31 +7,35 @@ from collections.abc import (
     AsyncGenerator,
     AsyncIterator,
     Callable,
-    Coroutine,
     Generator,
     Iterable,
     Iterator,
-    Sequence,
 )
-from contextlib import AbstractAsyncContextManager
 from functools import partial
 from itertools import islice
-from typing import Any, Final, Generic, Protocol, Self, TypeVar, cast
+from typing import Any, Final, Generic, Self, TypeVar, cast
 
 from django.core.exceptions import MultipleObjectsReturned
 from django.db import Error
 from django.db.models import Manager, Model, QuerySet
-from django.db.models.expressions import OrderBy
 from django.db.models.query import ModelIterable
 
 from django_asyncsession.plans.fallback import Fallback
-from django_asyncsession.plans.plan import COUNT, EXISTS, ROWS, Ending, Plan
+from django_asyncsession.plans.plan import COUNT, EXISTS, ROWS, Ending
 from django_asyncsession.plans.shapes import Step, steps
 from django_asyncsession.results import Reader, Row
-from django_asyncsession.unread import Unread
 
 from . import loading, planned, snapshots
-from .columns import Column
+from .filtered import Runner, Runs, _condition, _Filtered
+from .selected import (
+    _descending,
+    _first_value,
+    _named,
+    _names,
+    _plain,
+    _split_at_annotate,
+    _whole,
+)
 from .tables import RowTable, model_of
 from .writes import path_of
 
@@ -42,43 +46,6 @@ M = TypeVar("M", bound=Model)
 V = TypeVar("V", int, bool)
 
 Source = type[M] | RowTable[M] | QuerySet[M] | Manager[M]
-
-
-class Runs(Protocol):
-    """One connection, for several calls."""
-
-    async def run(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
-        """Runs plain sync Django code on the connection."""
-        ...
-
-
-class Runner(Protocol):
-    """What queries need of a session."""
-
-    @property
-    def alias(self) -> str:
-        """The Django alias of the database."""
-        ...
-
-    async def run_sync(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
-        """Runs plain sync Django code on the session's connection."""
-        ...
-
-    def fetch_plan(self, plan: Plan, values: Sequence[Any]) -> Coroutine[Any, Any, list[Any]]:
-        """Runs the statement of a plan and gives its rows."""
-        ...
-
-    async def run_write(self, fn: Callable[..., T], /, *args: Any) -> T:
-        """Runs code that writes rows, with a `Write` as its last argument."""
-        ...
-
-    def hold(self) -> AbstractAsyncContextManager[Runs]:
-        """One connection for all calls of the block, also where each takes its own."""
-        ...
-
-    def unread(self, held: Any) -> Unread:
-        """What gives back what `hold` gave, when a stream of it is left unread."""
-        ...
 
 
 class Results(list[T]):
@@ -99,83 +66,6 @@ class Results(list[T]):
     async def flatten(self) -> list[T]:
         """All rows as a plain list."""
         return list(self)
-
-
-def _condition(given: Any) -> Any:
-    """What Django takes as a condition.
-
-    Raises:
-        TypeError: it is none, such as the bool that comparing attributes of a model class gives.
-    """
-    if isinstance(given, Column):
-        return given._condition()
-    if isinstance(given, bool) or not getattr(given, "conditional", False):
-        raise TypeError(
-            f"{given!r} is not a condition; compare columns of table(Model), not of the model class"
-        )
-    return given
-
-
-class _Query:
-    """What all queries share: they belong to a session, and each method makes a new one."""
-
-    def __init__(self, session: Runner):
-        self._session = session
-
-    def _with(self, **changes: Any) -> Self:
-        # What copy.copy() does, in a tenth of its time.
-        clone = object.__new__(type(self))
-        clone.__dict__ = {**self.__dict__, **changes}
-        return clone
-
-    async def run(self) -> Any:
-        """Runs the query, as awaiting it does."""
-        raise NotImplementedError
-
-    def __await__(self) -> Generator[Any, None, Any]:
-        return self.run().__await__()
-
-
-class _Filtered(_Query):
-    """A query on rows of one table that conditions choose."""
-
-    _given: QuerySet[Any] | None = None
-
-    def _start(self, source: Any) -> QuerySet[Any]:
-        raise NotImplementedError
-
-    def __call__(self, source: Any) -> Any:
-        return self._with(_given=self._start(source))
-
-    def from_(self, source: Any) -> Any:
-        """The query on this table: asyncqlio's other way to say it."""
-        return self(source)
-
-    def set_table(self, source: Any) -> Any:
-        """`from_`, under asyncqlio's other name."""
-        return self(source)
-
-    @property
-    def _queryset(self) -> QuerySet[Any]:
-        if self._given is None:
-            raise TypeError(f"{type(self).__name__} has no table yet; give it a model or row table")
-        return self._given
-
-    def where(self, *conditions: Any, **lookups: Any) -> Self:
-        """Only rows for which all conditions and Django lookups (`name__startswith="h"`) hold.
-
-        Raises:
-            TypeError: something given is not a condition.
-        """
-        return self._with(_given=self._queryset.filter(*map(_condition, conditions), **lookups))
-
-    def exclude(self, *conditions: Any, **lookups: Any) -> Self:
-        """Not the rows for which all conditions hold; Django's `exclude`."""
-        return self._with(_given=self._queryset.exclude(*map(_condition, conditions), **lookups))
-
-    def add_condition(self, condition: Any) -> Self:
-        """`where`, under asyncqlio's name."""
-        return self.where(condition)
 
 
 def _source(source: Any, alias: str) -> QuerySet[Any]:
@@ -676,57 +566,3 @@ async def _close(held: Runs, iterator: Any) -> None:
 
 def _itself(found: Any) -> Any:
     return found
-
-
-def _whole(what: str, count: int | None) -> int | None:
-    if count is None or (isinstance(count, int) and not isinstance(count, bool) and count >= 0):
-        return count
-    raise ValueError(f"{what} cannot be {count!r}; it is a whole number of rows, 0 or more")
-
-
-def _descending(column: Any) -> Any:
-    if isinstance(column, str):
-        return column.removeprefix("-") if column.startswith("-") else f"-{column}"
-    return column if isinstance(column, OrderBy) else column.desc()
-
-
-def _split_at_annotate(steps: Any) -> tuple[Any, Any]:
-    at = next((i for i, step in enumerate(steps) if step[0] == "annotate"), len(steps))
-    return steps[:at], steps[at:]
-
-
-def _plain(column: Any) -> Any:
-    """A name where Django's `values` takes one, else the expression."""
-    if isinstance(column, Column) and not column._splits:
-        return column._path
-    return column
-
-
-def _named(
-    columns: tuple[Any, ...], named: dict[str, Any]
-) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """Names and, under a name each, expressions."""
-    names: list[str] = []
-    computed = dict(named)
-    for at, column in enumerate(map(_plain, columns)):
-        if isinstance(column, str):
-            names.append(column)
-        else:
-            computed[_name_of(column, at)] = column
-    return tuple(names), computed
-
-
-def _names(columns: tuple[Any, ...], named: dict[str, Any]) -> tuple[str, ...]:
-    plain = [_plain(c) for c in columns]
-    given = [c if isinstance(c, str) else _name_of(c, i) for i, c in enumerate(plain)]
-    return (*given, *named)
-
-
-def _name_of(expression: Any, at: int) -> str:
-    return str(getattr(expression, "default_alias", None) or f"column{at + 1}")
-
-
-def _first_value(row: Any) -> Any:
-    if isinstance(row, dict):
-        return next(iter(row.values()))
-    return row[0] if isinstance(row, (Row, tuple)) else row

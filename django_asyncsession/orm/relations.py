@@ -11,7 +11,8 @@ from typing import Any
 from django.db.models import Model
 
 from . import loading, saving, snapshots
-from .queries import Runner, SelectQuery
+from .filtered import Runner
+from .queries import SelectQuery
 from .tables import table
 
 
