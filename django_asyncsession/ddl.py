@@ -18,7 +18,8 @@ from django.db.models import Field, Model
 from .orm.columns import Column
 from .orm.tables import RowTable, model_of
 from .orm.writes import path_of
-from .session.session import Database, Session
+from .session.lifecycle import Database
+from .session.session import Session
 
 T = TypeVar("T")
 

@@ -85,7 +85,7 @@ async def test_a_text_of_several_statements_deletes_nothing(
         for place in (raw, statements):
             monkeypatch.setattr(place, "check_one_statement", lambda *args: None)
         monkeypatch.setattr(
-            "django_asyncsession.session.session.check_one_statement", lambda *args: None
+            "django_asyncsession.session.statements.check_one_statement", lambda *args: None
         )
     for sql in SMUGGLED:
         session = db.get_session(autocommit=autocommit)
