@@ -24,8 +24,6 @@ CODE = sorted(
 
 TESTS = sorted((ROOT / "tests").rglob("test_*.py"))
 LONGEST_TEST_FILE = 900
-# Still to be split.
-TOO_LONG = {"test_postgresql.py"}
 # Of folders of tests, those that are of no room of the package.
 NO_ROOMS = {"docs", "ecosystem", "testproject"}
 # Fixtures of tests that commit, where most have the transaction of the toolkit.
@@ -109,7 +107,7 @@ def test_tests_that_commit_say_why(path: Path) -> None:
 @pytest.mark.parametrize("path", TESTS, ids=identify)
 def test_no_test_file_is_too_long(path: Path) -> None:
     lines = len(path.read_text(encoding="utf-8").splitlines())
-    assert lines <= LONGEST_TEST_FILE or path.name in TOO_LONG
+    assert lines <= LONGEST_TEST_FILE
 
 
 def test_the_folders_of_tests_are_named_like_the_rooms_of_the_package() -> None:

@@ -22,12 +22,20 @@ from django_asyncsession.backends.base import BridgedMixin
 from django_asyncsession.backends.options import TransactionState
 from django_asyncsession.backends.postgresql.wire import Wire
 from django_asyncsession.pool.lease import Lease
-from tests.backends.wires import ONE, PID, Leased, count_of, leased, promises, run_with_uvloop
+from tests.backends.postgresql.wires import (
+    ONE,
+    PID,
+    Leased,
+    count_of,
+    leased,
+    promises,
+    run_with_uvloop,
+)
+from tests.backends.test_descriptors import Writer
 from tests.faults import RESET, SERVER, FaultProxy, address, cancel_at, outcome_of
 from tests.faults import watchdog as frozen_after
 from tests.postgres import ask, dsn_of_tests, gone, new_name, sessions_of
 from tests.sessions import soon
-from tests.backends.test_descriptors import Writer
 
 
 @pytest.fixture(autouse=True)

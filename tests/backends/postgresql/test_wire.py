@@ -20,7 +20,7 @@ from psycopg.types.string import TextLoader
 from django_asyncsession import bridge
 from django_asyncsession.backends.options import TransactionState
 from django_asyncsession.backends.postgresql import wire as wires
-from tests.backends.wires import ONE, Leased, count_of, leased, promises, run_with_uvloop
+from tests.backends.postgresql.wires import ONE, Leased, count_of, leased, promises, run_with_uvloop
 from tests.faults import FaultProxy, LoopProbe, address, outcome_of
 from tests.faults import watchdog as frozen_after
 from tests.postgres import ask, new_name
