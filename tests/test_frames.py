@@ -13,10 +13,10 @@ from tests.models import User
 
 # At the most; what is printed by `python benchmarks/frames.py`, and a little more.
 CEILINGS = {
-    "get in an open session": 50,
+    "get in an open session": 40,
     "run_sync of nothing": 14,
-    "a session with one get": 195,
-    "an HTTP request with one get": 235,
+    "a session with one get": 110,
+    "an HTTP request with one get": 150,
     "aget() in native mode": 90,
 }
 # Between the call and the driver: the way may branch, but gets no deeper.

@@ -24,12 +24,9 @@ class Hooks:
     """
 
     def __init__(self) -> None:
-        self._commit: list[tuple[Hook, bool]] = []
-        self._rollback: list[tuple[object, Hook]] = []
-
-    def __bool__(self) -> bool:
-        """Whether a callback waits for a commit although nothing was sent yet."""
-        return bool(self._commit)
+        # Those for the commit that wait although nothing was sent yet.
+        self.waiting: list[tuple[Hook, bool]] = []
+        self.for_rollback: list[tuple[object, Hook]] = []
 
     def on_commit(self, func: Hook, robust: bool, wrapper: BridgedMixin | None) -> None:
         """Call `func` after the commit; `wrapper` is None before the first statement.
@@ -40,7 +37,7 @@ class Hooks:
         check_callable(func, "on_commit()")
         call = awaiting(func)
         if wrapper is None:
-            self._commit.append((call, robust))
+            self.waiting.append((call, robust))
         elif wrapper.in_atomic_block:
             wrapper.on_commit(call, robust)
         else:
@@ -54,13 +51,13 @@ class Hooks:
             TypeError: `func` cannot be called.
         """
         check_callable(func, "on_rollback()")
-        self._rollback.append((block, func))
+        self.for_rollback.append((block, func))
 
     def hand_over(self, wrapper: BridgedMixin) -> None:
         """Let the connection, on which the transaction begins now, keep the callbacks."""
-        for call, robust in self._commit:
+        for call, robust in self.waiting:
             wrapper.on_commit(call, robust)
-        self._commit.clear()
+        self.waiting.clear()
 
     def call_at_once(self, wrapper: BridgedMixin) -> None:
         """Call those that wait for the commit of nothing; in the bridge, in autocommit mode."""
@@ -68,35 +65,37 @@ class Hooks:
             # In a test, whose transaction is not committed.
             self.hand_over(wrapper)
             return
-        _waiting(wrapper).extend((set(), call, robust) for call, robust in self._commit)
-        self._commit.clear()
+        _waiting(wrapper).extend((set(), call, robust) for call, robust in self.waiting)
+        self.waiting.clear()
         call_waiting(wrapper)
 
     def mark(self, wrapper: BridgedMixin) -> tuple[int, int]:
         """Where the callbacks begin that will be registered from now on."""
-        return len(wrapper.run_on_commit), len(self._rollback)
+        return len(wrapper.run_on_commit), len(self.for_rollback)
 
     async def rolled_back_to(self, mark: tuple[int, int], wrapper: BridgedMixin) -> None:
         """Drop the callbacks for the commit since `mark`, and call those for a rollback."""
         commits, rollbacks = mark
         del wrapper.run_on_commit[commits:]
-        hooks, self._rollback[rollbacks:] = self._rollback[rollbacks:], []
+        hooks, self.for_rollback[rollbacks:] = self.for_rollback[rollbacks:], []
         await _call_all(func for _, func in hooks)
 
     async def rolled_back(self, block: object) -> None:
         """Call the callbacks of the block, or all of them when the whole transaction is undone."""
-        hooks = [func for owner, func in self._rollback if block is None or owner is block]
-        self._rollback = [(b, f) for b, f in self._rollback if block is not None and b is not block]
+        hooks = [func for owner, func in self.for_rollback if block is None or owner is block]
+        self.for_rollback = [
+            (b, f) for b, f in self.for_rollback if block is not None and b is not block
+        ]
         await _call_all(hooks)
 
     def pass_on(self, block: object, outer: object) -> None:
         """Let the outer block take over: only with it will this one be rolled back."""
-        self._rollback = [(outer if b is block else b, func) for b, func in self._rollback]
+        self.for_rollback = [(outer if b is block else b, func) for b, func in self.for_rollback]
 
     def forget(self) -> None:
         """Drop all callbacks."""
-        self._commit.clear()
-        self._rollback.clear()
+        self.waiting.clear()
+        self.for_rollback.clear()
 
 
 async def _call_all(hooks: Any) -> None:

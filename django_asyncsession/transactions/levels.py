@@ -27,45 +27,46 @@ class Levels(Generic[B]):
 
     def __init__(self, alias: str) -> None:
         self._alias = alias
-        self._blocks: list[B] = []
+        # Those that are open, outermost first.
+        self.blocks: list[B] = []
         self._savepoints: list[Savepoint] = []
 
     def __len__(self) -> int:
         """How many blocks are open."""
-        return len(self._blocks)
+        return len(self.blocks)
 
     def __iter__(self) -> Iterator[B]:
-        return iter(self._blocks)
+        return iter(self.blocks)
 
     def __contains__(self, block: object) -> bool:
-        return block in self._blocks
+        return block in self.blocks
 
     @property
     def innermost(self) -> B | None:
         """The block that was opened last."""
-        return self._blocks[-1] if self._blocks else None
+        return self.blocks[-1] if self.blocks else None
 
     @property
     def is_flat(self) -> bool:
         """Whether there is neither a block nor a savepoint."""
-        return not self._blocks and not self._savepoints
+        return not self.blocks and not self._savepoints
 
     def open(self, block: B) -> None:
         """A block begins."""
-        self._blocks.append(block)
+        self.blocks.append(block)
 
     def close(self) -> None:
         """The innermost block ends, and the savepoints in it."""
-        self._blocks.pop()
-        self._savepoints = [s for s in self._savepoints if s.depth <= len(self._blocks)]
+        self.blocks.pop()
+        self._savepoints = [s for s in self._savepoints if s.depth <= len(self.blocks)]
 
     def lose(self, block: B) -> None:
         """A block could not be left in order: it and all inside it are gone."""
-        del self._blocks[self._blocks.index(block) :]
+        del self.blocks[self.blocks.index(block) :]
 
     def clear(self) -> None:
         """The transaction ends."""
-        self._blocks.clear()
+        self.blocks.clear()
         self._savepoints.clear()
 
     def check_innermost(self, block: B, what: str) -> None:
@@ -86,7 +87,7 @@ class Levels(Generic[B]):
         Raises:
             SessionStateError: a block is open.
         """
-        if self._blocks:
+        if self.blocks:
             raise SessionStateError(
                 f"{what} inside a nested block of {self._alias!r}; leave the block, or roll back "
                 "to its savepoint"
@@ -101,7 +102,7 @@ class Levels(Generic[B]):
             name: its name; several may have the same.
             mark: which callbacks are older.
         """
-        self._savepoints.append(Savepoint(name, len(self._blocks), mark))
+        self._savepoints.append(Savepoint(name, len(self.blocks), mark))
 
     def find(self, name: str) -> Savepoint | None:
         """The latest savepoint of this name; None when SQL made it.
@@ -111,7 +112,7 @@ class Levels(Generic[B]):
         """
         for savepoint in reversed(self._savepoints):
             if savepoint.name == name:
-                if savepoint.depth < len(self._blocks):
+                if savepoint.depth < len(self.blocks):
                     raise SessionStateError(
                         f"savepoint {name!r} of {self._alias!r} is outside the open nested block; "
                         "leave the block first"

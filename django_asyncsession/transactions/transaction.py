@@ -167,7 +167,7 @@ class Transaction(RawSQL):
         try:
             mark = await self.take_turn()
             try:
-                if self._finishing or self.turn.depth > 1 or self.levels:
+                if self._finishing or self.turn.depth > 1 or self.levels.blocks:
                     self._refuse_end(what)
                 self._finishing = True
                 try:
@@ -456,7 +456,7 @@ class Transaction(RawSQL):
 
     async def _commit_directly(self) -> None:
         wrapper = self.wrapper
-        if not self.hooks and (direct := wrapper.direct()) is not None:
+        if not self.hooks.waiting and (direct := wrapper.direct()) is not None:
             await self._confirmed(wrapper, self._end_directly(direct, wrapper, b"COMMIT"))
             return
         await self.call(_nothing)
@@ -538,7 +538,7 @@ class Transaction(RawSQL):
         """No statement ran, so there is nothing to commit; the callbacks run all the same, as in
         Django, and may use the connection."""
         self.outcome = Outcome.COMMITTED
-        if self.hooks:
+        if self.hooks.waiting:
             # What they run must not begin the transaction that nobody would commit any more.
             self._entered = True
             await self.call(self._call_hooks)
@@ -610,7 +610,8 @@ class Transaction(RawSQL):
         finally:
             if self.outcome is Outcome.ROLLED_BACK:
                 await self.hooks.rolled_back(None)
-            self.hooks.forget()
+            if self.hooks.waiting or self.hooks.for_rollback:
+                self.hooks.forget()
 
 
 def _nothing() -> None:
