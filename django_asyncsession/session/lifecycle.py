@@ -42,10 +42,11 @@ class Database(Source, Protocol):
     def transaction_class(self) -> type[Transaction]: ...
 
 
-class Lifecycle:
+class Session:
     """What a session is without a statement: its options, its transaction, and how that ends.
 
-    The arguments are those of `Session`.
+    The arguments are those of the whole `Session`. This part has its name because Python calls
+    coroutines by it: "coroutine 'Session.commit' was never awaited".
     """
 
     # It was rolled back, because a stream of it was left unread.

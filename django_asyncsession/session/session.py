@@ -22,7 +22,7 @@ from django_asyncsession.plans.plan import Plan
 from django_asyncsession.transactions.checkout import Use
 from django_asyncsession.transactions.transaction import Transaction
 
-from .statements import Statements
+from .statements import Session as Statements
 
 if TYPE_CHECKING:
     from django.http import HttpRequest, HttpResponse

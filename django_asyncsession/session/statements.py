@@ -17,14 +17,14 @@ from django_asyncsession.transactions.raw import Params
 from django_asyncsession.transactions.transaction import Transaction, end_later
 from django_asyncsession.unread import Unread
 
-from .lifecycle import Lifecycle
+from .lifecycle import Session as Lifecycle
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class Statements(Lifecycle):
-    """What a session runs as SQL text."""
+class Session(Lifecycle):
+    """What a session runs as SQL text. Named as the whole, as `Lifecycle` is."""
 
     async def execute(self, sql: Any, params: Params = None) -> int:
         """Run one statement; return how many rows it touched, -1 when the database does not tell.
