@@ -1,7 +1,7 @@
 """Plans that are sent below the driver's cursor, and what Django's code makes of the transaction.
 
-Real commits: on the connection of a test's transaction, which sync code shares, nothing is sent
-so.
+With real commits on connections of the pools: on the connection of a test, which sync code
+shares, nothing is sent so.
 """
 
 from __future__ import annotations

@@ -74,8 +74,7 @@ class Wire(Reader):
             sql: with $1, $2 ... for the values.
             values: in the text format; None is NULL.
             prepare: keep it on the server, the last hundred at most.
-            begin: what to run before it, such as BEGIN: statements divided by semicolons, with
-                none in their values. When they fail nothing else runs.
+            begin: statements before it, divided by semicolons; if one fails, it is not run.
             harmless: it is known to leave nothing on the connection.
 
         Raises:
@@ -90,9 +89,7 @@ class Wire(Reader):
             self._get_ready()
         if not harmless:
             self._touch()
-        self.since = monotonic()
-        self._results = []
-        pgconn = self._pgconn
+        self.since, self._results, pgconn = monotonic(), [], self._pgconn
         try:
             pgconn.send_query_prepared(name, values)
             if pgconn.flush():
