@@ -77,7 +77,7 @@ async def run_with(
     bridge = made_by(call)
     if wrapper is not None:
         bridge.wrapper = wrapper
-        outer, wrapper.serving = wrapper.serving, weakref.ref(bridge)
+        outer, wrapper.caller = wrapper.caller, weakref.ref(bridge)
     # The same context object, not a copy: what `fn` sets, the caller sees.
     bridge.gr_context = getcurrent().gr_context
     thread = threading.get_ident()
@@ -104,7 +104,7 @@ async def run_with(
         return cast(T, outcome)
     finally:
         if wrapper is not None:
-            wrapper.serving = outer
+            wrapper.caller = outer
         # An exception's traceback keeps this frame, which must not keep the greenlet or its stack.
         del bridge
         outcome = value = None

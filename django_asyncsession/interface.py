@@ -31,7 +31,7 @@ from .pool.options import PoolOptions, check_seconds
 from .pool.pool import COUNTERS, Pool
 from .session.session import Session
 from .shutdown import hold_back
-from .transactions.checkout import Source
+from .transactions.checkout import ConnectionSource
 from .transactions.transaction import Transaction
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class DatabaseInterface:
         self.alias = alias
         self._own_settings = None if settings_dict is None else masked(settings_dict)
         # Where connections come from instead of the pools: in a test, from the test's own.
-        self.source: Source | None = None
+        self.source: ConnectionSource | None = None
         # What sessions work in; a test's own kind knows of its shared connection.
         self.transaction_class: type[Transaction] = Transaction
         self._pools: dict[int, tuple[tuple[Any, ...], Pool[BridgedMixin]]] = {}

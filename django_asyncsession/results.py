@@ -127,7 +127,7 @@ def _positions_of(keys: tuple[str, ...]) -> dict[str, int]:
 _kept_positions = lru_cache(maxsize=1024)(_positions_of)
 
 
-class Runner(Protocol):
+class Call(Protocol):
     """How a result set calls its cursor: in the session's turn, natively async."""
 
     def __call__(self, fn: Callable[..., T], /, *args: Any) -> Awaitable[T]: ...
@@ -147,7 +147,7 @@ class BaseResultSet(AsyncIterator[Row]):
     def __init__(
         self,
         cursor: Any,
-        run: Runner,
+        run: Call,
         *,
         buffered: bool,
         chunk_size: int = 2000,

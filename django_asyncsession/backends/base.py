@@ -97,7 +97,7 @@ class BridgedMixin(_Wrapper):
     # Attributes that `scrub` leaves as they are: who uses the connection, and what `reset`, which
     # comes after it, decides by.
     left_to_reset: ClassVar[frozenset[str]] = frozenset(
-        {"serving", "lease", "abandoned", "cut", "touched", "reads_only", "_opened"}
+        {"caller", "lease", "abandoned", "cut", "touched", "reads_only", "_opened"}
         | {"ran", "ran_since"}
     )
 
@@ -107,7 +107,7 @@ class BridgedMixin(_Wrapper):
     lease: object = None
     # The greenlet of the call that is served. Weak, because the greenlet holds this wrapper, and
     # the garbage collector cannot look into it while it is suspended.
-    serving: weakref.ref[greenlet] | None = None
+    caller: weakref.ref[greenlet] | None = None
     abandoned = False
     # The task was cancelled, or the call closed, in the middle of a round trip.
     cut = False
@@ -220,13 +220,13 @@ class BridgedMixin(_Wrapper):
         not reach it; asked in no time."""
         return False
 
-    def check_served(self) -> None:
+    def check_caller(self) -> None:
         """Refuse to use a pooled connection anywhere but in the call of the session that leased it.
 
         Raises:
             SessionClosedError: a stale handle, or a call outside the bridge.
         """
-        if self.pooled and (self.serving is None or self.serving() is not getcurrent()):
+        if self.pooled and (self.caller is None or self.caller() is not getcurrent()):
             raise SessionClosedError(
                 f"a connection of {self.alias!r} is used outside the session that leased it; "
                 "use session.run_sync() while the session is open"

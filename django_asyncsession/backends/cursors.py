@@ -108,8 +108,8 @@ class WatchedCursorMixin(SeenCursorMixin):
         db = self.db
         if (
             self.__dict__.get("lease") is db.lease
-            and db.serving is not None
-            and db.serving() is getcurrent()
+            and db.caller is not None
+            and db.caller() is getcurrent()
         ):
             # Of a cursor on the server it is a statement. Django leaves it unwrapped.
             with db.wrap_database_errors:

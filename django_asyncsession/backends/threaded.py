@@ -124,7 +124,7 @@ class Connection:
         wrapper = self._owner()
         if wrapper is None:
             return fn(*args, **kwargs)
-        wrapper.check_served()
+        wrapper.check_caller()
         self._check_open()
         if not in_bridge():
             return fn(*args, **kwargs)

@@ -119,7 +119,7 @@ _django_async_generator: Any = BaseIterable._async_generator  # type: ignore[att
 
 
 async def _iterate(rows: Any, sessions: SessionSet, reader: Reader) -> AsyncGenerator[Any, None]:
-    async with sessions.hold(rows.queryset.db) as (run, unread):
+    async with sessions.one_connection(rows.queryset.db) as (run, unread):
         generator = iter(rows)
         unread.begin()
         try:

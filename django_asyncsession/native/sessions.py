@@ -134,7 +134,7 @@ class SessionSet:
         return self._run(fn, _take, (alias, fn, *args), kwargs)
 
     @asynccontextmanager
-    async def hold(
+    async def one_connection(
         self, alias: str
     ) -> AsyncIterator[tuple[Callable[[Callable[[], T]], Awaitable[T]], Unread]]:
         """One connection for several calls, each with what is yielded: the rows of one cursor.
@@ -142,7 +142,7 @@ class SessionSet:
         What gives it back when they are left unread is yielded with it.
         """
         session = self.session(alias)
-        async with session.hold() as transaction:
+        async with session.one_connection() as transaction:
 
             async def run(fn: Callable[[], T]) -> T:
                 # A cursor that is open already does not ask for its connection.
@@ -446,15 +446,15 @@ class Call(bridge.Bridge):
 
     def _lend(self, wrapper: BridgedMixin) -> None:
         """Let the code of this greenlet use a connection."""
-        self._lent.append((wrapper, wrapper.serving))
-        wrapper.serving = weakref.ref(self)
+        self._lent.append((wrapper, wrapper.caller))
+        wrapper.caller = weakref.ref(self)
         self.wrappers[wrapper.alias] = wrapper
 
     def end(self) -> None:
         """Let the code use no connection any more."""
         self.outer = None
         for wrapper, serving in reversed(self._lent):
-            wrapper.serving = serving
+            wrapper.caller = serving
         self._lent.clear()
         self.wrappers.clear()
         self.failed.clear()

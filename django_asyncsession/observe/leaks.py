@@ -116,7 +116,7 @@ def _sync_frames(running: Any, wrapper: Any) -> Iterator[str]:
     Its own variables are not looked at by `f_locals`, which would keep what it keeps.
     """
     found = next((r for r in gc.get_referents(running) if isinstance(r, bridge.Bridge)), None)
-    serving = getattr(wrapper, "serving", None)
+    serving = getattr(wrapper, "caller", None)
     below: Any = None if serving is None else serving()
     greenlets: list[bridge.Bridge] = []
     while isinstance(below, bridge.Bridge):

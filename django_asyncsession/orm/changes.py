@@ -16,8 +16,8 @@ from django_asyncsession.exceptions import UnboundedQueryError
 
 from . import writes
 from .columns import Column, Computed, Setter
-from .filtered import Runner, _Filtered, _Query
-from .queries import SelectQuery, Source, _source
+from .filtered import QuerySession, _Filtered, _Query
+from .queries import RowSource, SelectQuery, _source
 from .writes import Conflict, excluded, path_of
 
 
@@ -146,7 +146,7 @@ class UpdateQuery(_Written):
 
     _values: Mapping[str, Any] = MappingProxyType({})
 
-    def __call__(self, source: Source[Any]) -> UpdateQuery:
+    def __call__(self, source: RowSource[Any]) -> UpdateQuery:
         """The query on this model, row table, QuerySet or Manager."""
         return cast(UpdateQuery, super().__call__(source))
 
@@ -202,7 +202,7 @@ class RowUpdateQuery(_Query):
     It writes the columns that changed in any of them, without `save()` and its signals.
     """
 
-    def __init__(self, session: Runner, rows: tuple[Model, ...]):
+    def __init__(self, session: QuerySession, rows: tuple[Model, ...]):
         super().__init__(session)
         self._rows = rows
 
@@ -235,7 +235,7 @@ class DeleteQuery(_Written):
     """A DELETE with Django's on_delete rules; gives the number of rows of the table that went, or
     -1 when a `delete()` of the QuerySet's own does not tell."""
 
-    def __call__(self, source: Source[Any]) -> DeleteQuery:
+    def __call__(self, source: RowSource[Any]) -> DeleteQuery:
         """The query on this model, row table, QuerySet or Manager."""
         return cast(DeleteQuery, super().__call__(source))
 

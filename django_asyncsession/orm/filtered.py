@@ -16,7 +16,7 @@ from .columns import Column
 T = TypeVar("T")
 
 
-class Runs(Protocol):
+class OneConnection(Protocol):
     """One connection, for several calls."""
 
     async def run(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
@@ -24,7 +24,7 @@ class Runs(Protocol):
         ...
 
 
-class Runner(Protocol):
+class QuerySession(Protocol):
     """What queries need of a session."""
 
     @property
@@ -44,7 +44,7 @@ class Runner(Protocol):
         """Runs code that writes rows, with a `Write` as its last argument."""
         ...
 
-    def hold(self) -> AbstractAsyncContextManager[Runs]:
+    def one_connection(self) -> AbstractAsyncContextManager[OneConnection]:
         """One connection for all calls of the block, also where each takes its own."""
         ...
 
@@ -71,7 +71,7 @@ def _condition(given: Any) -> Any:
 class _Query:
     """What all queries share: they belong to a session, and each method makes a new one."""
 
-    def __init__(self, session: Runner):
+    def __init__(self, session: QuerySession):
         self._session = session
 
     def _with(self, **changes: Any) -> Self:

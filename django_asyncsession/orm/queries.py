@@ -26,7 +26,7 @@ from django_asyncsession.plans.shapes import Step, steps
 from django_asyncsession.results import Reader, Row
 
 from . import loading, planned, snapshots
-from .filtered import Runner, Runs, _condition, _Filtered
+from .filtered import OneConnection, QuerySession, _condition, _Filtered
 from .selected import (
     _descending,
     _first_value,
@@ -45,7 +45,7 @@ T = TypeVar("T")
 M = TypeVar("M", bound=Model)
 V = TypeVar("V", int, bool)
 
-Source = type[M] | RowTable[M] | QuerySet[M] | Manager[M]
+RowSource = type[M] | RowTable[M] | QuerySet[M] | Manager[M]
 
 
 class Results(list[T]):
@@ -99,7 +99,7 @@ class SelectQuery(_Filtered, Generic[T]):
     # Relations to load when the rows are there.
     _late: tuple[Any, ...] = ()
 
-    def __call__(self, source: Source[M]) -> SelectQuery[M]:
+    def __call__(self, source: RowSource[M]) -> SelectQuery[M]:
         """The query on this model, row table, QuerySet or Manager."""
         fresh: SelectQuery[M] = SelectQuery(self._session)
         if isinstance(source, (QuerySet, Manager, SelectQuery)):
@@ -112,7 +112,7 @@ class SelectQuery(_Filtered, Generic[T]):
             given = self._start(model)
             return fresh._with(_given=given, _base=given, _why=fallback.reason)
 
-    def from_(self, source: Source[M]) -> SelectQuery[M]:
+    def from_(self, source: RowSource[M]) -> SelectQuery[M]:
         """The query on this table: asyncqlio's other way to say it."""
         return self(source)
 
@@ -319,7 +319,7 @@ class SelectQuery(_Filtered, Generic[T]):
         """As a subquery: in `in_(...)`, in `set(...)`, wherever a QuerySet may stand."""
         return cast(Any, self.queryset).resolve_expression(*args, **kwargs)
 
-    def on(self, session: Runner) -> Self:
+    def on(self, session: QuerySession) -> Self:
         """The same query, to be run in another session of the same database."""
         if session.alias == self._session.alias:
             return self._with(_session=session)
@@ -531,7 +531,7 @@ class SelectQuery(_Filtered, Generic[T]):
         return reader.reads(self._stream(chunk_size, reader))
 
     async def _stream(self, chunk_size: int, reader: Reader) -> AsyncGenerator[T, None]:
-        async with self._session.hold() as held:
+        async with self._session.one_connection() as held:
             iterator = await held.run(self.queryset.iterator, chunk_size)
             unread = self._session.unread(held).begin()
             try:
@@ -556,7 +556,7 @@ class SelectQuery(_Filtered, Generic[T]):
 _ONE_BULK: Final = 999
 
 
-async def _close(held: Runs, iterator: Any) -> None:
+async def _close(held: OneConnection, iterator: Any) -> None:
     try:
         await held.run(iterator.close)
     except Error as exc:

@@ -11,7 +11,7 @@ from typing import Any
 from django.db.models import Model
 
 from . import loading, saving, snapshots
-from .filtered import Runner
+from .filtered import QuerySession
 from .queries import SelectQuery
 from .tables import table
 
@@ -19,7 +19,7 @@ from .tables import table
 class Related:
     """The relations of one row: `await session.related(book).tags.add(tag)`."""
 
-    def __init__(self, session: Runner, row: Model):
+    def __init__(self, session: QuerySession, row: Model):
         self._session = session
         self._row = row
 
@@ -32,7 +32,7 @@ class Related:
 class RelatedRows:
     """The rows at the other end of a relation; awaiting it gives them, or the only one."""
 
-    def __init__(self, session: Runner, row: Model, name: str):
+    def __init__(self, session: QuerySession, row: Model, name: str):
         self._session, self._row, self._name = session, row, name
         relationships = table(type(row)).relationships
         if name not in relationships:

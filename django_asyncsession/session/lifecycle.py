@@ -18,7 +18,7 @@ from django_asyncsession.observe.slow import Watch
 from django_asyncsession.origins import Site, creation_site, made, task_reference
 from django_asyncsession.transactions.blocks import Block
 from django_asyncsession.transactions.checkout import (
-    Source,
+    ConnectionSource,
     State,
     check_loop,
     nothing_can_wait,
@@ -35,7 +35,7 @@ T = TypeVar("T")
 NOT_GIVEN = (None,) * 6
 
 
-class Database(Source, Protocol):
+class Database(ConnectionSource, Protocol):
     """What a session needs of its database."""
 
     @property
@@ -52,7 +52,7 @@ class Session:
     # It was rolled back, because a stream of it was left unread.
     _given_up = False
     # Where its connections come from, if not from its database.
-    _source: Source | None = None
+    _source: ConnectionSource | None = None
 
     def __init__(
         self,

@@ -152,7 +152,7 @@ class Session(Lifecycle):
         self, sql: Any, params: Params, chunk_size: int, reader: Reader
     ) -> AsyncGenerator[Row, None]:
         async with (
-            self.hold() as transaction,
+            self.one_connection() as transaction,
             await transaction.stream(sql, params, chunk_size, reader) as result,
         ):
             with self.unread(transaction) as unread:
@@ -180,7 +180,7 @@ class Session(Lifecycle):
         return Unread(f"a stream of {self.alias!r} (session {made(self.site)})", give_up)
 
     @asynccontextmanager
-    async def hold(self) -> AsyncIterator[Transaction]:
+    async def one_connection(self) -> AsyncIterator[Transaction]:
         """One connection for several calls: the session's transaction, or in autocommit mode one
         for the block."""
         if not self._is_one_statement_mode:

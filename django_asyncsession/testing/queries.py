@@ -18,7 +18,7 @@ from django_asyncsession.conf import settings
 from django_asyncsession.exceptions import ConfigurationError
 from django_asyncsession.interface import DatabaseInterface, databases
 from django_asyncsession.pool.lease import Lease
-from django_asyncsession.transactions.checkout import Source
+from django_asyncsession.transactions.checkout import ConnectionSource
 
 from .leaks import _leases
 from .sharing import SharedSource
@@ -50,7 +50,7 @@ class QueryLog:
         self.captured_queries: list[dict[str, Any]] = []
         self._wrappers: list[Any] = []
         self._interface = databases[using]
-        self._outer: Source | None = None
+        self._outer: ConnectionSource | None = None
 
     def __len__(self) -> int:
         return len(self.captured_queries)
@@ -115,7 +115,10 @@ class _Watched:
     """Where connections come from while statements are captured."""
 
     def __init__(
-        self, interface: DatabaseInterface, source: Source | None, watch: Callable[[Any], None]
+        self,
+        interface: DatabaseInterface,
+        source: ConnectionSource | None,
+        watch: Callable[[Any], None],
     ) -> None:
         self.alias, self.vendor = interface.alias, interface.vendor
         self._interface, self._source = interface, source

@@ -59,7 +59,7 @@ class State(enum.Enum):
     CLOSED = "closed"
 
 
-class Source(Protocol):
+class ConnectionSource(Protocol):
     """What a transaction needs of its database: the alias, the kind and connections."""
 
     @property
@@ -93,7 +93,7 @@ class Checkout:
 
     def __init__(
         self,
-        database: Source,
+        database: ConnectionSource,
         *,
         autocommit: bool,
         options: TransactionOptions,

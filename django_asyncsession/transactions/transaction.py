@@ -24,7 +24,7 @@ from django_asyncsession.threadlocals import Contents
 from .blocks import Block
 from .checkout import (
     CLEANUP_BUDGET,
-    Source,
+    ConnectionSource,
     State,
     check_loop,
     nothing_can_wait,
@@ -64,7 +64,7 @@ class Transaction(RawSQL):
 
     def __init__(
         self,
-        database: Source,
+        database: ConnectionSource,
         *,
         autocommit: bool = False,
         site: Site | str | None = None,

@@ -56,7 +56,7 @@ CALLS: dict[str, Any] = {
     "driver_connection": lambda s: s.driver_connection(),
     "atomic": lambda s: s.atomic().__aenter__(),
     "released": lambda s: s.released().__aenter__(),
-    "hold": lambda s: s.hold().__aenter__(),
+    "hold": lambda s: s.one_connection().__aenter__(),
 }
 AT_ONCE: dict[str, Any] = {
     "begin_nested": lambda s: s.begin_nested(),

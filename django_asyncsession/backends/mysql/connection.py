@@ -270,7 +270,7 @@ class Connection:
         try:
             if wrapper is None or self.closed or self.dirty or self.raw._stream_broken:
                 raise MySQLdb.OperationalError(SERVER_GONE, "MySQL server has gone away")
-            wrapper.check_served()
+            wrapper.check_caller()
             if not in_bridge():
                 raise MySQLdb.InterfaceError(
                     0, "this connection awaits; use it in session.run_sync() only"

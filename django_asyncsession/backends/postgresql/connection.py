@@ -140,7 +140,7 @@ class Connection(psycopg.Connection[Any]):
     def wait(self, gen: PQGen[RV], interval: float = 0.1, timeout: float | None = None) -> RV:
         name = getattr(gen, "__name__", "")
         if self.wrapper is not None and (wrapper := self.wrapper()) is not None:
-            wrapper.check_served()
+            wrapper.check_caller()
             if not wrapper.own_use and name not in HARMLESS:
                 wrapper.note_unseen("COPY" if "copy" in name else "SQL with the driver")
         if name not in HARMLESS:
@@ -252,7 +252,7 @@ class Connection(psycopg.Connection[Any]):
 
     def set_autocommit(self, value: bool) -> None:
         if self.wrapper is not None and (wrapper := self.wrapper()) is not None:
-            wrapper.check_served()
+            wrapper.check_caller()
         if self.began and not value:
             # The wire has sent BEGIN: Django's code goes on in that transaction.
             self._autocommit = False

@@ -210,7 +210,7 @@ class Run:
             session.set_rollback(True)
 
     async def _run_one(self, session: Session, sql: str) -> None:
-        async with session.hold() as transaction:
+        async with session.one_connection() as transaction:
             if is_query(sql, scanner(self._vendor)):
                 result = await transaction.stream(sql, self._job.params, ROWS_PER_CHUNK)
             else:
