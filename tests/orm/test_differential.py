@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
 from typing import Any
 
 import pytest
+from django.db import OperationalError
 from django.db.models import Count, F, Q, QuerySet
 from django.test import override_settings
 from hypothesis import HealthCheck, given, settings
@@ -280,15 +281,28 @@ async def test_groups_are_django_s(library: Session, pair: Pair) -> None:
     assert [dict(row.items()) for row in await grouped] == await library.run_sync(list, plain)
 
 
+async def undone(session: Session, change: Callable[[], Awaitable[int]]) -> Any:
+    """How many rows a change finds, or the error of the database; it is rolled back."""
+    try:
+        async with session.begin_nested() as savepoint:
+            found = await change()
+            await savepoint.rollback()
+            return found
+    except OperationalError as error:
+        # MariaDB compares less in a statement that writes than in one that reads.
+        return error.args
+
+
 @many
 @given(pair=trees)
 async def test_update_and_delete_find_the_same_rows(values: Session, pair: Pair) -> None:
     ours, django = pair
-    expected = await values.run_sync(Values.objects.using(values.alias).filter(django).count)
-    async with values.begin_nested() as savepoint:
-        assert await values.update(Values).where(ours).set(docs.number, 1.25) == expected
-        assert await values.delete(Values).where(ours) <= expected
-        await savepoint.rollback()
+    plain = Values.objects.using(values.alias).filter(django)
+    expected = await undone(values, lambda: values.run_sync(plain.update, number=1.25))
+    update = values.update(Values).where(ours).set(docs.number, 1.25)
+    assert await undone(values, update.run) == expected
+    expected = await undone(values, lambda: values.run_sync(lambda: plain.all().delete()[0]))
+    assert await undone(values, values.delete(Values).where(ours).run) == expected
 
 
 def is_like(pattern: str, text: str) -> bool:
