@@ -458,6 +458,8 @@ class Call(bridge.Bridge):
         self._lent.clear()
         self.wrappers.clear()
         self.failed.clear()
+        # An error's traceback keeps this, and the task its error.
+        self.task = None
 
     async def give_back(self, error: BaseException | None) -> None:
         """Give all connections back, that which was taken last first.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import FunctionType
 from typing import Any, Final
 
 import django
@@ -19,6 +20,9 @@ def is_watched() -> bool:
     has to go that way."""
     cursor = utils.CursorWrapper
     for function in (cursor.execute, cursor._execute, SQLCompiler.execute_sql):  # type: ignore[attr-defined]
+        if type(function) is not FunctionType:
+            # A proxy, which may say of everything that it is what it stands for.
+            return True
         own = _is_own.get(function)
         if own is None:
             code = getattr(function, "__code__", None)

@@ -131,8 +131,8 @@ class Plan:
         #: The same with `$1` and so on, as PostgreSQL's protocol takes it.
         self.text = numbered(first.sql)
         self.vendor: str = connection.vendor
-        #: The tables that it reads, as they stand in the text.
-        self.tables = _tables(first.queryset.query, connection)
+        #: The tables that it reads, as they stand in the text; empty where a subquery reads others.
+        self.tables = _tables(first, connection)
         self._slots = tuple(b.slot for b in binds)
         #: Makes of the values, and of the current connection, the parameters for a cursor's
         #: `execute`, as Django's compiler does.
@@ -197,7 +197,10 @@ class Plan:
         self.builder, self._models = found.source, found.models
 
 
-def _tables(query: Any, connection: Any) -> tuple[str, ...]:
+def _tables(first: Compiled, connection: Any) -> tuple[str, ...]:
+    if first.sql.upper().count("SELECT") != 1:
+        return ()
+    query = first.queryset.query
     compiler = query.get_compiler(connection=connection)
     names = {join.table_name for join in query.alias_map.values()} or {query.model._meta.db_table}
     return tuple(sorted(map(compiler.quote_name_unless_alias, names)))

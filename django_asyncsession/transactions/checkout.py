@@ -597,7 +597,7 @@ def check_loop(loop: asyncio.AbstractEventLoop | None, alias: str, site: Site | 
 
 def cancels() -> int:
     """How often the current task was asked to end and has not taken it back."""
-    task = asyncio.current_task()
+    task = None if asyncio._get_running_loop() is None else asyncio.current_task()
     return 0 if task is None else task.cancelling()
 
 

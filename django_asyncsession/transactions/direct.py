@@ -14,7 +14,7 @@ from django_asyncsession.plans.fallback import Fallback
 from django_asyncsession.plans.plan import Plan
 from django_asyncsession.signals import connection_leased
 
-from .checkout import Checkout, State
+from .checkout import DEAD, Checkout, State
 from .turn import inside
 
 
@@ -26,8 +26,9 @@ class Direct(Checkout):
 
     # It has begun on the server, and no code of Django's knows of that yet.
     _has_begun_directly = False
-    # What a statement has failed with since.
+    # What a statement has failed the transaction with since.
     _direct_error: Exception | None = None
+    _rollback_wanted = False
 
     async def fetch(
         self, plan: Plan, values: Sequence[Any], otherwise: Callable[..., list[Any]]
@@ -57,18 +58,21 @@ class Direct(Checkout):
             mark = await self.take_turn()
         outer, self._running = self._running, task
         before = task.cancelling()  # type: ignore[union-attr]
+        is_direct = True
         try:
             lease = self.lease or await self._take()
-            direct = lease.connection.direct()
-            if direct is None or self._direct_error or lease.connection.needs_rollback:
+            direct = self._way(lease.connection, plan)
+            is_direct = direct is not None
+            if not is_direct:
                 return await self.call(otherwise, (plan, values, self.alias))
             return await self._send(direct, lease.connection, plan, plan.encode(values))
         except Fallback:
             raise
         except BaseException as exc:
-            if self._has_begun_directly and isinstance(exc, Exception):
-                self._direct_error = exc
-            self._translate(exc, before)
+            # `call` has said what it means.
+            if is_direct:
+                self._note_direct(exc)
+                self._translate(exc, before)
             raise
         finally:
             self._running = outer
@@ -78,6 +82,25 @@ class Direct(Checkout):
             with suppress(ValueError):
                 inside.reset(mark)
             turn.leave()
+
+    def _way(self, wrapper: BridgedMixin, plan: Plan) -> Any:
+        """What runs the statement below the cursor; None where it has to be Django's code."""
+        if self._direct_error or self._rollback_wanted or wrapper.needs_rollback:
+            # It says so.
+            return None
+        if wrapper.in_atomic_block and wrapper.transaction_state is TransactionState.IDLE:
+            # The driver sends BEGIN with the first statement that passes it.
+            return None
+        # Converters may be a project's own code, which may count on what the bridge gives.
+        return wrapper.direct() if plan.convert is None else None
+
+    def _note_direct(self, error: BaseException) -> None:
+        """Note what has failed the transaction on the server; reading rows does not."""
+        wrapper = self._wrapper
+        if not self._has_begun_directly or wrapper is None or not isinstance(error, Exception):
+            return
+        if wrapper.transaction_state in DEAD:
+            self._direct_error = error
 
     @property
     def _may_be_direct(self) -> bool:
@@ -107,7 +130,7 @@ class Direct(Checkout):
             # The cancelling that it was stopped by came too late.
             self._take_stop()
         rows: list[Any] = direct.rows(result)
-        return rows if plan.convert is None else plan.convert(rows, wrapper)
+        return rows
 
     async def _end_directly(self, direct: Any, wrapper: BridgedMixin, text: bytes) -> None:
         """End the transaction that has begun so; the reset goes along, if there is to be one."""

@@ -29,7 +29,7 @@ class Levels(Generic[B]):
         self._alias = alias
         # Those that are open, outermost first.
         self.blocks: list[B] = []
-        self._savepoints: list[Savepoint] = []
+        self.savepoints: list[Savepoint] = []
 
     def __len__(self) -> int:
         """How many blocks are open."""
@@ -49,7 +49,7 @@ class Levels(Generic[B]):
     @property
     def is_flat(self) -> bool:
         """Whether there is neither a block nor a savepoint."""
-        return not self.blocks and not self._savepoints
+        return not self.blocks and not self.savepoints
 
     def open(self, block: B) -> None:
         """A block begins."""
@@ -58,7 +58,7 @@ class Levels(Generic[B]):
     def close(self) -> None:
         """The innermost block ends, and the savepoints in it."""
         self.blocks.pop()
-        self._savepoints = [s for s in self._savepoints if s.depth <= len(self.blocks)]
+        self.savepoints = [s for s in self.savepoints if s.depth <= len(self.blocks)]
 
     def lose(self, block: B) -> None:
         """A block could not be left in order: it and all inside it are gone."""
@@ -67,7 +67,7 @@ class Levels(Generic[B]):
     def clear(self) -> None:
         """The transaction ends."""
         self.blocks.clear()
-        self._savepoints.clear()
+        self.savepoints.clear()
 
     def check_innermost(self, block: B, what: str) -> None:
         """Refuse to do `what` with a block that others are open in.
@@ -102,7 +102,7 @@ class Levels(Generic[B]):
             name: its name; several may have the same.
             mark: which callbacks are older.
         """
-        self._savepoints.append(Savepoint(name, len(self.blocks), mark))
+        self.savepoints.append(Savepoint(name, len(self.blocks), mark))
 
     def find(self, name: str) -> Savepoint | None:
         """The latest savepoint of this name; None when SQL made it.
@@ -110,7 +110,7 @@ class Levels(Generic[B]):
         Raises:
             SessionStateError: it is outside the innermost block.
         """
-        for savepoint in reversed(self._savepoints):
+        for savepoint in reversed(self.savepoints):
             if savepoint.name == name:
                 if savepoint.depth < len(self.blocks):
                     raise SessionStateError(
@@ -122,8 +122,8 @@ class Levels(Generic[B]):
 
     def release(self, savepoint: Savepoint) -> None:
         """A savepoint is gone, and all that were made after it."""
-        del self._savepoints[self._savepoints.index(savepoint) :]
+        del self.savepoints[self.savepoints.index(savepoint) :]
 
     def go_back_to(self, savepoint: Savepoint) -> None:
         """All savepoints after this one are gone; it stays."""
-        del self._savepoints[self._savepoints.index(savepoint) + 1 :]
+        del self.savepoints[self.savepoints.index(savepoint) + 1 :]

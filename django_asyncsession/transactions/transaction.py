@@ -258,6 +258,7 @@ class Transaction(RawSQL):
         self.outcome = self.outcome or Outcome.ROLLED_BACK
         self.levels.clear()
         self.hooks.forget()
+        self._direct_error = None
         self._begun_by, self.owner, self._own_task = (None, 0), None, None
         self.close_connection()
 
@@ -377,7 +378,7 @@ class Transaction(RawSQL):
     def get_rollback(self) -> bool:
         """Whether the innermost block will be rolled back at its end."""
         if self._atomic is None or not self.is_taken:
-            return self._rollback_wanted
+            return self._rollback_wanted or self._direct_error is not None
         return bool(self.wrapper.get_rollback())
 
     # Inside
@@ -441,6 +442,7 @@ class Transaction(RawSQL):
         reason = None if self.autocommit else self._reason_to_roll_back()
         if reason is not None:
             cause = self.wrapper.rollback_exc if self.is_taken else None
+            cause = self._direct_error or cause
             await self._rollback()
             raise TransactionManagementError(
                 f"the transaction on {self.alias!r} {reason}"
@@ -565,11 +567,14 @@ class Transaction(RawSQL):
             self.outcome = self.outcome or Outcome.ROLLED_BACK
 
     async def _roll_back_directly(self, wrapper: BridgedMixin) -> None:
-        direct = None if self.is_lost else wrapper.direct()
-        if direct is None:
+        if self.is_lost:
             wrapper.abandon()
-        else:
+        elif (direct := wrapper.direct()) is not None:
             await self._within(CLEANUP_BUDGET, self._end_directly(direct, wrapper, b"ROLLBACK"))
+        else:
+            await self.call_within(CLEANUP_BUDGET, _nothing)
+            assert self._atomic is not None
+            await self._send_rollback(wrapper, self._atomic)
 
     async def _send_rollback(self, wrapper: BridgedMixin, atomic: Atomic) -> None:
         lost = self.is_lost
@@ -602,7 +607,9 @@ class Transaction(RawSQL):
             self.abandon()
             return
         self.state = State.CLOSED
-        self.levels.clear()
+        if self.levels.blocks or self.levels.savepoints:
+            self.levels.clear()
+        self._direct_error = None
         # A task keeps its exception, which keeps the frames that know this transaction.
         self._begun_by, self.owner, self._own_task = (None, 0), None, None
         try:

@@ -19,8 +19,9 @@ from django.test import override_settings
 from django_asyncsession import DatabaseInterface, Outcome, Session, databases
 from django_asyncsession.backends.postgresql import base
 from django_asyncsession.backends.postgresql.wire import Wire
+from django_asyncsession.plans import cache
 from tests.faults import cancel_at, outcome_of
-from tests.models import User
+from tests.models import Book, User
 from tests.postgres import ask
 from tests.sessions import names, pool, whole
 
@@ -109,6 +110,74 @@ async def test_sync_code_goes_on_in_the_transaction(db: DatabaseInterface) -> No
             raise ValueError
     assert await names(db) == ["one", "two"]
     await whole(db)
+
+
+async def test_sync_code_without_sql_begins_no_transaction_of_its_own(
+    db: DatabaseInterface, sent: list[bytes]
+) -> None:
+    """The driver sends BEGIN with the first statement that passes it; a plan must not be before."""
+    async with db.get_session(isolation="repeatable read") as session:
+        await session.run_sync(lambda: connection.vendor)
+        await get(session)
+        await get(session)
+        assert await session.fetch_value("SHOW transaction_isolation") == "repeatable read"
+        before = await session.fetch_value("SELECT now()")
+        await get(session)
+        assert before == await session.fetch_value("SELECT now()")
+    assert sent == [b"SELECT"] * 2
+    await whole(db)
+
+
+async def test_a_transaction_that_sql_has_ended_does_not_fail_the_next_session(
+    db: DatabaseInterface,
+) -> None:
+    def begin_and_end() -> None:
+        with connection.cursor() as cursor:
+            cursor.execute("BEGIN")
+            cursor.execute("SELECT 1")
+            cursor.execute("COMMIT")
+
+    with pool(db, max_size=1):
+        await db.close()
+        for _ in range(4):
+            async with db.get_session() as session:
+                await get(session)
+        async with db.get_session(autocommit=True) as session:
+            await session.run_sync(begin_and_end)
+        async with db.get_session() as session:
+            await get(session)
+        assert session.outcome is Outcome.COMMITTED
+        await db.close()
+
+
+async def test_an_error_in_reading_rows_fails_no_transaction(
+    db: DatabaseInterface, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[str] = []
+
+    def unreadable(self: Wire, result: Any) -> Any:
+        raise ValueError("unreadable")
+
+    async with db.get_session() as session:
+        session.on_commit(lambda: called.append("saved"))
+        await get(session)
+        with monkeypatch.context() as patched:
+            patched.setattr(Wire, "rows", unreadable)
+            with pytest.raises(ValueError, match="unreadable"):
+                await get(session)
+        assert await get(session) == "one"
+        await session.run_sync(User.objects.create, name="two")
+    assert called == ["saved"] and await names(db) == ["one", "two"]
+
+
+async def test_a_subquery_s_table_counts_too(db: DatabaseInterface) -> None:
+    """Its table is not among those that are asked for, so the connection is reset."""
+    async with db.get_session() as session:
+        for _ in range(4):
+            query = session.select(Book).exclude(tags__name="x")
+            await query
+    plans = [entry.plan for entry in cache.of(db.alias)._entries if entry.plan is not None]
+    assert [plan.tables for plan in plans if plan.sql.count("SELECT") > 1] == [()]
 
 
 async def test_blocks_callbacks_and_the_wish_to_roll_back_mean_what_they_do(

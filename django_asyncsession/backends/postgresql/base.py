@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import psycopg
 from django.db.backends.postgresql import base
+from django.db.utils import Error
 from psycopg import pq
 
 from django_asyncsession.backends.base import BridgedMixin, sets_something
@@ -292,6 +293,8 @@ class Mixin(BridgedMixin, _Base):
 
     def direct(self) -> Wire | None:
         connection = self.connection
+        if connection is None or connection._pipeline is not None:
+            return None
         wire: Wire | None = connection.wire
         if wire is None or not self.pooled or wire.is_dead or not self.is_plain:
             return None
@@ -304,6 +307,8 @@ class Mixin(BridgedMixin, _Base):
         return wire
 
     def is_harmless(self, tables: tuple[str, ...]) -> bool | None:
+        if not tables:
+            return False
         until, harmless = self._harmless.get(tables, (0.0, False))
         if until > time.monotonic():
             return harmless
@@ -313,8 +318,14 @@ class Mixin(BridgedMixin, _Base):
     async def learn_harmless(self, tables: tuple[str, ...]) -> bool:
         names = ("HOST", "PORT", "NAME", "USER")
         database = (self.alias, *(self.settings_dict[name] for name in names))
-        facts = await FACTS.look_up(self.connection.wire, database, tables)
-        harmless = all(table in facts and facts[table].reads for table in tables)
+        try:
+            facts = await FACTS.look_up(self.connection.wire, database, tables)
+            harmless = all(table in facts and facts[table].reads for table in tables)
+        except Error:
+            if self.transaction_state is not TransactionState.IDLE:
+                raise
+            # A server that has other catalogs, or lets this user read none.
+            harmless = False
         if len(self._harmless) >= MOST_KNOWN:
             self._harmless.clear()
         self._harmless[tables] = time.monotonic() + LIFETIME, harmless
@@ -382,6 +393,7 @@ class Mixin(BridgedMixin, _Base):
     def _forget_lease(self) -> None:
         connection = self.connection
         self.reads_only, connection.begin_sql = False, None
+        connection.began = connection.left_by_sql = False
         if (backlog := connection._notifies_backlog) is not None:
             backlog.clear()
 
