@@ -121,7 +121,7 @@ WAYS = [
     put_what_cannot_be_compared,
 ]
 # Who uses the wrapper, and what each lease has anew.
-OF_A_CALL = {"serving", "lease", "run_on_commit", "savepoint_ids", "atomic_blocks", "_opened"}
+OF_A_CALL = {"caller", "lease", "run_on_commit", "savepoint_ids", "atomic_blocks", "_opened"}
 HELPERS = ("features", "ops", "introspection", "creation", "client", "validation")
 
 

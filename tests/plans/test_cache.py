@@ -144,9 +144,10 @@ async def test_a_plan_that_differs_is_thrown_out_and_logged(
         assert [user.level for user in await query] == [1]
     assert "because its statement differs" in caplog.text and "bea" not in caplog.text
     assert "differs" in query.why()
+    before = databases[session.alias].stats().get("plan_fallbacks_differs", 0)
     for _ in range(3):
         assert await found(session, "bea") == [2]
-    assert databases[session.alias].stats()["plan_fallbacks_differs"] == 3
+    assert databases[session.alias].stats()["plan_fallbacks_differs"] == before + 3
 
 
 async def test_rows_that_differ_are_django_s(
