@@ -125,6 +125,7 @@ def converter(compiler: Any) -> Convert | None:
     if not found:
         return None
     names: dict[str, Any] = {}
+    first: list[str] = []
     parts = [f"r[{at}]" for at in range(len(expressions))]
     for at, (functions, expression) in found.items():
         names[f"e{at}"] = expression
@@ -133,10 +134,16 @@ def converter(compiler: Any) -> Convert | None:
             if getattr(function, "__self__", None) is ops:
                 # That of the current connection: a plan must not keep this one.
                 name = f"connection.ops.{function.__name__}"
+            elif any(
+                cell.cell_contents is ops for cell in getattr(function, "__closure__", None) or ()
+            ):
+                # A function made by it; the database's are before those of the field.
+                first.append(f"    {name} = connection.ops.get_db_converters(e{at})[{number}]\n")
             else:
                 names[name] = function
             parts[at] = f"{name}({parts[at]}, e{at}, connection)"
-    source = f"def convert(rows, connection):\n    return [({', '.join(parts)},) for r in rows]\n"
+    body = f"    return [({', '.join(parts)},) for r in rows]\n"
+    source = f"def convert(rows, connection):\n{''.join(first)}{body}"
     convert: Convert = made(source, names)["convert"]
     return convert
 

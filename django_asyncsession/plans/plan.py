@@ -201,9 +201,8 @@ def _tables(first: Compiled, connection: Any) -> tuple[str, ...]:
     if first.sql.upper().count("SELECT") != 1:
         return ()
     query = first.queryset.query
-    compiler = query.get_compiler(connection=connection)
     names = {join.table_name for join in query.alias_map.values()} or {query.model._meta.db_table}
-    return tuple(sorted(map(compiler.quote_name_unless_alias, names)))
+    return tuple(sorted(map(connection.ops.quote_name, names)))
 
 
 def _unbuilt(rows: Any, alias: str) -> Any:
