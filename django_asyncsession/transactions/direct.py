@@ -58,19 +58,17 @@ class Direct(Checkout):
             mark = await self.take_turn()
         outer, self._running = self._running, task
         before = task.cancelling()  # type: ignore[union-attr]
-        is_direct = True
+        direct: Any = True
         try:
             lease = self.lease or await self._take()
-            direct = self._way(lease.connection, plan)
-            is_direct = direct is not None
-            if not is_direct:
+            if (direct := self._way(lease.connection, plan)) is None:
                 return await self.call(otherwise, (plan, values, self.alias))
             return await self._send(direct, lease.connection, plan, plan.encode(values))
         except Fallback:
             raise
         except BaseException as exc:
             # `call` has said what it means.
-            if is_direct:
+            if direct is not None:
                 self._note_direct(exc)
                 self._translate(exc, before)
             raise
