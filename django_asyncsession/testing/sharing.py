@@ -22,6 +22,7 @@ from django.db import connections
 from django.db.transaction import TransactionManagementError
 
 from django_asyncsession import bridge
+from django_asyncsession import connections as one_door
 from django_asyncsession.backends.base import BridgedMixin
 from django_asyncsession.backends.engines import make_wrapper
 from django_asyncsession.backends.options import TransactionState
@@ -405,6 +406,8 @@ class Sharing:
 
     def begin(self) -> None:
         """Share from now on; to be called before the test case begins its transactions."""
+        # Not there yet where the app is installed later, as by a test runner of one's own.
+        one_door.install()
         handler: Any = connections
         for alias in connections:
             try:
