@@ -32,10 +32,11 @@ if TYPE_CHECKING:
 else:
     _Base = object
 logger = logging.getLogger("django_asyncsession")
+# Sets of tables of which a connection remembers whether reading them leaves something, and seconds:
+# half a minute after what is known of the tables, which is half a minute old at the most.
+MOST_KNOWN, LIFETIME = 1000, 30.0
 # What is known of the tables of all databases.
-FACTS = KnownFacts()
-# Sets of tables of which a connection remembers whether reading them leaves something, and seconds.
-MOST_KNOWN, LIFETIME = 1000, 60.0
+FACTS = KnownFacts(LIFETIME)
 STANDARD_STRINGS, OLD_STRINGS = PostgreSQLScanner(), PostgreSQLScanner(standard_strings=False)
 STATES = {
     pq.TransactionStatus.IDLE: TransactionState.IDLE,
